@@ -6,9 +6,9 @@ Docs: https://compresslab.github.io/compresslab/data.html.md"""
 
 # %% auto #0
 __all__ = ['END', 'SPLIT_WORDS', 'HUB', 'TABLES', 'TEXTS', 'project_root', 'settings', 'data_root', 'local_path', 'not_found',
-           'hash_split', 'python_stdlib', 'parse_text', 'claimed_split', 'cut_pool', 'split_name', 'hub_rows',
-           'documents', 'squad', 'scitldr', 'Blocks', 'start_token', 'windows', 'pack', 'calibration_blocks',
-           'available', 'fetch']
+           'hash_split', 'python_stdlib', 'parse_text', 'claimed_split', 'cut_pool', 'split_name', 'hub_answers',
+           'hub_rows', 'documents', 'squad', 'scitldr', 'Blocks', 'start_token', 'windows', 'pack',
+           'calibration_blocks', 'available', 'fetch']
 
 # %% ../nbs/01_data.ipynb #8f153ceb
 import configparser, gzip, hashlib, json, os, re, sys, sysconfig
@@ -139,11 +139,12 @@ TEXTS = {".txt", ".raw", ".md", ".py", ".tokens"}
 
 def split_name(
     name:str, # "corpus" or "corpus:split"
-    split:str, # The split wanted where the name says none
+    split:str|None, # The split wanted where the name says none; None leaves the choice to the name
 ) -> tuple[str, str]: # The bare name and the split
-    "Take the split off a name."
+    "Take the split off a name: `corpus:split` says it, `folder/valid.txt` does too, everything else is `train` unless asked otherwise."
     base, _, tail = name.rpartition(":")
     if base and tail in ("train", "valid", "test", "all"): name, split = base, tail
+    if split is None: split = (claimed_split(Path(name)) if Path(name).suffix else None) or "train"
     if split not in ("train", "valid", "test", "all"):
         raise ValueError(f"split '{split}' is unknown: use train, valid, test or all")
     return name, split
@@ -177,7 +178,17 @@ def _tidy(texts, corpus):
     if corpus.startswith("wikitext"): return parse_text("".join(texts), corpus)
     return [d for t in texts for d in parse_text(t, corpus)]
 
-# %% ../nbs/01_data.ipynb #b6573cd3
+# %% ../nbs/01_data.ipynb #3793a881
+def hub_answers() -> bool:
+    "Whether the Hugging Face Hub can be reached at all."
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+    if constants.HF_HUB_OFFLINE: return False
+    try: get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception: return False
+    return True
+
+# %% ../nbs/01_data.ipynb #d93ebce2
 def hub_rows(
     name:str, # A name in `HUB`, or a dataset's id on the Hub
     split:str, # "train", "valid" or "test"
@@ -185,12 +196,13 @@ def hub_rows(
     "A dataset of the Hugging Face Hub; one line of error where it cannot be had."
     repo, config, _ = HUB.get(name, (name, None, "text"))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo): raise not_found(name, "not a Hub name")
+    if not hub_answers(): raise not_found(name, "it cannot be reached")
     try: return load_dataset(repo, config, split=dict(valid="validation").get(split, split))
     except Exception as e: raise not_found(name, f"{type(e).__name__}: {str(e).splitlines()[0][:80]}") from None
 
 def documents(
     name:str, # "python-stdlib", a file, a folder, a name under the data root or on the Hub; ":split" may follow
-    split:str="train", # "train", "valid", "test" or "all"
+    split:str|None=None, # "train", "valid", "test" or "all"; by default what a file's name says, else "train"
 ) -> Dataset: # Columns `source` and `text`, one row a document
     "The documents of a split, wherever `name` leads."
     name, split = split_name(name, split)
@@ -206,10 +218,10 @@ def documents(
     if named: return Dataset.from_list([dict(source=s, text=d) for s, d in docs])
     return Dataset.from_list([dict(source=path.name, text=d) for d in cut_pool([d for _, d in docs], split)])
 
-# %% ../nbs/01_data.ipynb #ce3604fe
+# %% ../nbs/01_data.ipynb #1f51d0d5
 def squad(
     name:str="squad", # A v1.1 JSON file, a folder with train and dev files, or "squad" on the Hub
-    split:str="train", # "train" or "valid"
+    split:str|None=None, # "train" or "valid"; by default what a file's name says, else "train"
 ) -> Dataset: # id, title, context, question, answers {text: list, answer_start: list of character offsets}
     "SQuAD v1.1, one row a question."
     name, split = split_name(name, split)
@@ -226,10 +238,10 @@ def squad(
                  for a in articles for p in a["paragraphs"] for q in p["qas"]]
     return Dataset.from_list(rows)
 
-# %% ../nbs/01_data.ipynb #ecb877b5
+# %% ../nbs/01_data.ipynb #840a0eb3
 def scitldr(
     name:str="scitldr", # A .jsonl file, a folder with train, dev and test files, or "scitldr" on the Hub
-    split:str="train", # "train", "valid" or "test"
+    split:str|None=None, # "train", "valid" or "test"; by default what a file's name says, else "train"
 ) -> Dataset: # source: list of sentences, target: list of summaries, and the file's other columns
     "SciTLDR, one row a paper."
     name, split = split_name(name, split)
@@ -240,7 +252,7 @@ def scitldr(
     if missing: raise ValueError(f"{path} is not SciTLDR: column {', '.join(sorted(missing))} is missing")
     return rows
 
-# %% ../nbs/01_data.ipynb #862ef9ec
+# %% ../nbs/01_data.ipynb #0f50c8b6
 @dataclass
 class Blocks:
     "Token blocks; a map-style dataset of dicts, ready for a `DataLoader`."
@@ -255,7 +267,7 @@ class Blocks:
     @property
     def n_tokens(self): return int((self.labels[:, 1:] != -100).sum())  # the first label of a window is never scored
 
-# %% ../nbs/01_data.ipynb #48faf0da
+# %% ../nbs/01_data.ipynb #c7dbe821
 def start_token(tokenizer) -> int|None:
     "The token that opens a document: BOS, else EOS, else none."
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -272,7 +284,7 @@ def windows(
         for o, row in zip(out, (w + [pad]*fill, w + [-100]*fill, [1]*len(w) + [0]*fill)): o.append(row)
     return out
 
-# %% ../nbs/01_data.ipynb #02ae1e54
+# %% ../nbs/01_data.ipynb #e3c8c883
 def pack(
     docs, # Documents: a `Dataset` with a `text` column, or a list of strings
     tokenizer, # A transformers tokenizer
@@ -300,14 +312,14 @@ def pack(
     if boundaries == "flow" and first is not None: parts[1].masked_fill_(parts[1] == first, -100)
     return Blocks(*parts, n_bytes, n_docs)
 
-# %% ../nbs/01_data.ipynb #e3c8c883
+# %% ../nbs/01_data.ipynb #4e92998e
 def _cut(tokenizer, text, ids, n):
     "The first `n` tokens of a text, and the piece of text that they write."
     if not tokenizer.is_fast: return ids[:n], tokenizer.decode(ids[:n])
     ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return ids[:n], text[:ends[n-1][1]] if n else ""
 
-# %% ../nbs/01_data.ipynb #39b59e62
+# %% ../nbs/01_data.ipynb #c7160a70
 def calibration_blocks(
     calibration, # A data name, or a list of token-id tensors (T,) or (B, T), or of dicts of model inputs
     tokenizer=None, # Needed for a name
@@ -327,7 +339,7 @@ def calibration_blocks(
     if calibration is None or len(calibration) == 0: raise ValueError("calibration is empty: pass a data name or a list of token-id tensors")
     return [dict(c) if isinstance(c, dict) else dict(input_ids=torch.as_tensor(c).reshape(-1, torch.as_tensor(c).shape[-1])) for c in calibration]
 
-# %% ../nbs/01_data.ipynb #a62f3c8f
+# %% ../nbs/01_data.ipynb #dad3d81f
 def available() -> list[dict]: # `name`, `where`, `bytes` (0 where not here)
     "Every data name this machine can resolve without the network, and the known ones that the Hub has."
     rows = [dict(name="python-stdlib", where=sysconfig.get_paths()["stdlib"], bytes=sum(len(r["text"].encode()) for r in python_stdlib("all")))]

@@ -1,0 +1,27 @@
+# compresslab: two commands do everything on a fresh machine.
+#   make demo   compress the bundled model and print what came out
+#   make test   the whole test suite
+VENV := .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test export clean
+
+demo: $(VENV)/.ready
+	HF_HUB_OFFLINE=1 $(BIN)/compresslab report quant --profile smoke
+
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# export the notebooks to the package, and clean them
+export: $(VENV)/.ready
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+
+$(VENV)/.ready: constraints.txt pyproject.toml
+	python3 -c 'import sys; assert sys.version_info >= (3, 11), "compresslab needs Python 3.11 or newer"'
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0 --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out _docs _proc
