@@ -140,7 +140,9 @@ def main():
     sys.argv = [a for a in sys.argv if a != "--debug"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try: app()
-    except KeyboardInterrupt: typer.echo("\nstopped; the same command continues where it was", err=True); raise SystemExit(130) from None
+    except SystemExit as e:                                    # typer turns Ctrl-C into exit code 130
+        if e.code == 130: typer.echo("\nstopped; the same command continues where it was", err=True)
+        raise
     except Exception as e:
         if debug: raise
         message = " ".join(str(e).split()) or type(e).__name__

@@ -7,7 +7,7 @@ Docs: https://compresslab.github.io/compresslab/data.html.md"""
 # %% auto #0
 __all__ = ['END', 'SPLIT_WORDS', 'HUB', 'TABLES', 'TEXTS', 'project_root', 'settings', 'data_root', 'local_path', 'not_found',
            'hash_split', 'python_stdlib', 'parse_text', 'claimed_split', 'cut_pool', 'split_name', 'hub_answers',
-           'hub_rows', 'documents', 'squad', 'scitldr', 'Blocks', 'start_token', 'windows', 'pack',
+           'ask_hub', 'hub_rows', 'documents', 'squad', 'scitldr', 'Blocks', 'start_token', 'windows', 'pack',
            'calibration_blocks', 'available', 'fetch']
 
 # %% ../nbs/01_data.ipynb #8f153ceb
@@ -188,15 +188,22 @@ def hub_answers() -> bool:
     except Exception: return False
     return True
 
-# %% ../nbs/01_data.ipynb #d93ebce2
+def ask_hub(
+    name:str, # Of a dataset or a model
+):
+    "Raise the error for an unknown name if it is no name the Hub could have, or is not in the cache and the Hub cannot be reached."
+    from huggingface_hub import try_to_load_from_cache
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name): raise not_found(name, "not a Hub name")
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str) and not hub_answers(): raise not_found(name, "it cannot be reached")
+
+# %% ../nbs/01_data.ipynb #dc3e5a7e
 def hub_rows(
     name:str, # A name in `HUB`, or a dataset's id on the Hub
     split:str, # "train", "valid" or "test"
 ) -> Dataset: # As the Hub has it
     "A dataset of the Hugging Face Hub; one line of error where it cannot be had."
     repo, config, _ = HUB.get(name, (name, None, "text"))
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo): raise not_found(name, "not a Hub name")
-    if not hub_answers(): raise not_found(name, "it cannot be reached")
+    ask_hub(repo)
     try: return load_dataset(repo, config, split=dict(valid="validation").get(split, split))
     except Exception as e: raise not_found(name, f"{type(e).__name__}: {str(e).splitlines()[0][:80]}") from None
 
@@ -206,19 +213,20 @@ def documents(
 ) -> Dataset: # Columns `source` and `text`, one row a document
     "The documents of a split, wherever `name` leads."
     name, split = split_name(name, split)
-    if name == "python-stdlib": return Dataset.from_list(python_stdlib(split))
     path = local_path(name)
-    if path is None:
+    if name == "python-stdlib": rows = python_stdlib(split)
+    elif path is None:
         column = HUB.get(name, (0, 0, "text"))[2]
         parts = [hub_rows(name, s) for s in (("train", "valid", "test") if split == "all" else (split,))]
-        return Dataset.from_list([dict(source=f"{name}/{i}", text=t) for p in parts for i, t in enumerate(_tidy(p[column], name))])
-    corpus = (path.parent if path.is_file() else path).name.lower()
-    files, named = _files(path, split)
-    docs = [(f.name, d) for f in files for d in _read(f, corpus)]
-    if named: return Dataset.from_list([dict(source=s, text=d) for s, d in docs])
-    return Dataset.from_list([dict(source=path.name, text=d) for d in cut_pool([d for _, d in docs], split)])
+        rows = [dict(source=f"{name}/{i}", text=t) for p in parts for i, t in enumerate(_tidy(p[column], name))]
+    else:
+        files, named = _files(path, split)
+        rows = [dict(source=f.name, text=d) for f in files for d in _read(f, (path.parent if path.is_file() else path).name.lower())]
+        if not named: rows = [dict(source=path.name, text=d) for d in cut_pool([r["text"] for r in rows], split)]
+    if not rows: raise ValueError(f"the {split} part of '{name}' is empty")
+    return Dataset.from_list(rows)
 
-# %% ../nbs/01_data.ipynb #1f51d0d5
+# %% ../nbs/01_data.ipynb #ecb877b5
 def squad(
     name:str="squad", # A v1.1 JSON file, a folder with train and dev files, or "squad" on the Hub
     split:str|None=None, # "train" or "valid"; by default what a file's name says, else "train"
@@ -238,7 +246,7 @@ def squad(
                  for a in articles for p in a["paragraphs"] for q in p["qas"]]
     return Dataset.from_list(rows)
 
-# %% ../nbs/01_data.ipynb #840a0eb3
+# %% ../nbs/01_data.ipynb #862ef9ec
 def scitldr(
     name:str="scitldr", # A .jsonl file, a folder with train, dev and test files, or "scitldr" on the Hub
     split:str|None=None, # "train", "valid" or "test"; by default what a file's name says, else "train"
@@ -252,7 +260,7 @@ def scitldr(
     if missing: raise ValueError(f"{path} is not SciTLDR: column {', '.join(sorted(missing))} is missing")
     return rows
 
-# %% ../nbs/01_data.ipynb #0f50c8b6
+# %% ../nbs/01_data.ipynb #c7dbe821
 @dataclass
 class Blocks:
     "Token blocks; a map-style dataset of dicts, ready for a `DataLoader`."
@@ -267,7 +275,7 @@ class Blocks:
     @property
     def n_tokens(self): return int((self.labels[:, 1:] != -100).sum())  # the first label of a window is never scored
 
-# %% ../nbs/01_data.ipynb #c7dbe821
+# %% ../nbs/01_data.ipynb #02ae1e54
 def start_token(tokenizer) -> int|None:
     "The token that opens a document: BOS, else EOS, else none."
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -284,9 +292,9 @@ def windows(
         for o, row in zip(out, (w + [pad]*fill, w + [-100]*fill, [1]*len(w) + [0]*fill)): o.append(row)
     return out
 
-# %% ../nbs/01_data.ipynb #e3c8c883
+# %% ../nbs/01_data.ipynb #596946e0
 def pack(
-    docs, # Documents: a `Dataset` with a `text` column, or a list of strings
+    docs, # Documents: a `Dataset` with a `text` column, or strings
     tokenizer, # A transformers tokenizer
     length:int=256, # T, tokens in a block
     boundaries:str="flow", # "flow": documents follow one another; "document": each starts a new block
@@ -297,7 +305,7 @@ def pack(
     if boundaries not in ("flow", "document"): raise ValueError(f"boundaries '{boundaries}' is unknown: use flow or document")
     if length < 2: raise ValueError(f"a block of {length} tokens predicts nothing: use 2 or more")
     first, streams, n_bytes, n_docs, left = start_token(tokenizer), [], 0, 0, max_tokens or sys.maxsize
-    for text in tqdm(docs if isinstance(docs, list) else docs["text"], desc="tokenize", disable=not progress):
+    for text in tqdm(docs["text"] if isinstance(docs, Dataset) else docs, desc="tokenize", disable=not progress):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) > left: ids, text = _cut(tokenizer, text, ids, left)
         if not ids: continue
@@ -312,14 +320,14 @@ def pack(
     if boundaries == "flow" and first is not None: parts[1].masked_fill_(parts[1] == first, -100)
     return Blocks(*parts, n_bytes, n_docs)
 
-# %% ../nbs/01_data.ipynb #4e92998e
+# %% ../nbs/01_data.ipynb #ea3dc29e
 def _cut(tokenizer, text, ids, n):
     "The first `n` tokens of a text, and the piece of text that they write."
     if not tokenizer.is_fast: return ids[:n], tokenizer.decode(ids[:n])
     ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return ids[:n], text[:ends[n-1][1]] if n else ""
 
-# %% ../nbs/01_data.ipynb #c7160a70
+# %% ../nbs/01_data.ipynb #a62f3c8f
 def calibration_blocks(
     calibration, # A data name, or a list of token-id tensors (T,) or (B, T), or of dicts of model inputs
     tokenizer=None, # Needed for a name
@@ -339,7 +347,7 @@ def calibration_blocks(
     if calibration is None or len(calibration) == 0: raise ValueError("calibration is empty: pass a data name or a list of token-id tensors")
     return [dict(c) if isinstance(c, dict) else dict(input_ids=torch.as_tensor(c).reshape(-1, torch.as_tensor(c).shape[-1])) for c in calibration]
 
-# %% ../nbs/01_data.ipynb #dad3d81f
+# %% ../nbs/01_data.ipynb #a9826773
 def available() -> list[dict]: # `name`, `where`, `bytes` (0 where not here)
     "Every data name this machine can resolve without the network, and the known ones that the Hub has."
     rows = [dict(name="python-stdlib", where=sysconfig.get_paths()["stdlib"], bytes=sum(len(r["text"].encode()) for r in python_stdlib("all")))]

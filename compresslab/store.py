@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .data import hub_answers, local_path, not_found
+from .data import ask_hub, local_path, not_found
 from .surgery import replace, tied
 
 # %% ../nbs/04_store.ipynb #ae0f7e31
@@ -203,10 +203,9 @@ def model_path(
     "Where a model is: checked if it is local, otherwise left to the Hub."
     path = local_path(str(name))
     if path is None:
-        if cached_file(str(name), "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False) is None:
-            if not hub_answers(): raise not_found(str(name), "it cannot be reached")
-            try: AutoConfig.from_pretrained(str(name))
-            except Exception as e: raise not_found(str(name), str(e).splitlines()[0][:80]) from None
+        ask_hub(str(name))
+        try: AutoConfig.from_pretrained(str(name))
+        except Exception as e: raise not_found(str(name), str(e).splitlines()[0][:80]) from None
         return str(name)
     for f in weight_files(path):
         try:

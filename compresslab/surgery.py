@@ -8,7 +8,7 @@ Docs: https://compresslab.github.io/compresslab/surgery.html.md"""
 __all__ = ['LINEAR', 'matrix', 'find', 'stacks', 'tied', 'replace', 'params', 'Visit', 'model_inputs', 'walk']
 
 # %% ../nbs/02_surgery.ipynb #25cba477
-import re
+import copy, re
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,7 @@ class Visit:
     layer:nn.Module
     hidden:list # This layer's input, one (B, T, D) tensor a sample
     calls:list # The other arguments, (args, kwargs) a sample
+    original:"Visit|None"=None # The untouched layer on what untouched layers feed it, where the walk keeps that too
 
     def run(self, sample:int) -> torch.Tensor: # (B, T, D)
         "The layer's output for one sample, computed now."
@@ -133,6 +134,7 @@ def model_inputs(
 def walk(
     model, # A transformers model, changed by the caller between steps
     inputs:list[dict], # Model inputs, as `data.calibration_blocks` returns them
+    keep_original:bool=False, # Push the hidden states of the untouched layers along as well; doubles time and memory
     progress:bool=True, # Show a bar
 ): # -> yields a `Visit` per layer
     "Visit the layers in order, each with the inputs that the layers before it now produce."
@@ -142,9 +144,13 @@ def walk(
     bar = tqdm(total=sum(map(len, found.values())), desc="layers", disable=not progress)
     for name, layers in found.items():
         hidden, calls = _record(model, layers, inputs)
+        clean = [*hidden]
         for i, layer in enumerate(layers):
             visit = Visit(f"{name}.{i}", layer, hidden, calls[i])
+            if keep_original: visit.original = Visit(visit.name, copy.deepcopy(layer), clean, calls[i])
             yield visit
-            for s in range(len(hidden)): hidden[s] = visit.run(s)     # one sample at a time, in place
+            for s in range(len(hidden)):                              # one sample at a time, in place
+                hidden[s] = visit.run(s)
+                if keep_original: clean[s] = visit.original.run(s)
             calls[i] = None; bar.update()
     bar.close()

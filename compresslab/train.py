@@ -97,6 +97,7 @@ def _save_checkpoint(accelerator, history, folder):
     "Write a checkpoint beside the last one, then put it in its place."
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     accelerator.save_state(str(new), safe_serialization=False)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         import shutil
         history.save(new/"history.json")
@@ -189,11 +190,11 @@ def _loop(accelerator, model, opts, batches, history, steps, per_step, loss, lr,
         raise
     finally: bar.close()
     if folder: _save_checkpoint(accelerator, history, folder)
-    accelerator.end_training()
+    for tracker in accelerator.trackers: tracker.finish()
     model.eval()
     return history
 
-# %% ../nbs/03_train.ipynb #63bc4480
+# %% ../nbs/03_train.ipynb #e1584da2
 @dataclass
 class Scores:
     "What a model is worth on some text."
@@ -204,7 +205,7 @@ class Scores:
     tokens:int       # scored
     seconds:float    # spent
 
-# %% ../nbs/03_train.ipynb #9d08bac7
+# %% ../nbs/03_train.ipynb #df79c56a
 @torch.inference_mode()
 def evaluate(
     model, # A transformers model: causal, or encoder-decoder

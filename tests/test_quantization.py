@@ -1,0 +1,66 @@
+"""Quantization of real pretrained models, measured on text that was not calibrated on."""
+import copy
+
+import pytest
+import torch
+
+import compresslab as cl
+from compresslab.data import documents, pack
+from compresslab.store import find_tokenizer
+from compresslab.train import evaluate
+
+
+@pytest.fixture(scope="module")
+def stories(request):
+    from conftest import SHARED
+    folder = SHARED/"models"/"stories260k"
+    if not folder.exists() or not (SHARED/"tinystories").exists(): pytest.skip(f"stories260k or tinystories is not in {SHARED}")
+    model = cl.load(folder)
+    held_out = pack(documents(str(SHARED/"tinystories"), "valid"), find_tokenizer(str(folder)), 512, "document")
+    return model, SHARED/"tinystories"/"train.txt", held_out, evaluate(model, held_out, progress=False).ppl
+
+
+def ratio(stories, method, bits):
+    model, calibration, held_out, ppl = stories
+    model = copy.deepcopy(model)
+    model = cl.rtn(model, bits, progress=False) if method == "rtn" else cl.gptq(model, str(calibration), bits, length=512, progress=False)
+    return evaluate(model, held_out, progress=False).ppl/ppl
+
+
+@pytest.mark.parametrize("bits, most", [(4, 1.05), (3, 1.38), (2, 10.)])
+def test_gptq_on_stories(stories, bits, most):
+    gptq, rtn = ratio(stories, "gptq", bits), ratio(stories, "rtn", bits)
+    assert gptq <= most and gptq < rtn, (gptq, rtn)
+
+
+def test_eight_bits_cost_nothing_to_speak_of(stories):
+    gptq, rtn = ratio(stories, "gptq", 8), ratio(stories, "rtn", 8)
+    assert abs(rtn - 1) < .001 and gptq < 1 + (rtn - 1)*1.5 + 1e-4
+
+
+def test_known_text(stories):
+    """The published greedy continuation survives loading, and 8 bits."""
+    model, *_ = stories
+    tokenizer = find_tokenizer(model.config.name_or_path)
+    ids = torch.tensor([[1] + tokenizer("Once upon a time, there was a little girl named Lily.", add_special_tokens=False)["input_ids"]])
+    for m in (model, cl.rtn(copy.deepcopy(model), 8, progress=False)):
+        text = tokenizer.decode(m.generate(ids, max_new_tokens=60, do_sample=False)[0], skip_special_tokens=True)
+        assert "She loved to play outside in the park. One day, she saw a big, red ball." in text
+
+
+def test_real_encoder_decoder(shared):
+    """Arabic to Latin characters: the published example is still right at 4 bits."""
+    import json
+    folder = shared("models/aren-transliteration")
+    vocab = json.loads((folder/"char_vocab.json").read_text())
+    vocab = vocab.get("vocab", vocab) if isinstance(vocab, dict) else {c: i for i, c in enumerate(vocab)}
+    model = cl.load(folder)
+    back = {i: c for c, i in vocab.items()}
+    encode = lambda word: torch.tensor([[vocab[c] for c in word] + [model.config.eos_token_id]])
+    words = ["بغداد", "دمشق", "سلام", "كتاب", "مدينة", "محمد"]
+    def spell(m): return ["".join(back.get(i, "") for i in m.generate(encode(w), max_new_tokens=20, num_beams=1, do_sample=False)[0].tolist() if i not in (model.config.eos_token_id, model.config.decoder_start_token_id)) for w in words]
+    original = spell(model)
+    assert original[0] == "baghdad"
+    packed = cl.gptq(copy.deepcopy(model), [encode(w) for w in words], bits=8, embeddings=True, progress=False)
+    assert spell(packed) == original
+    assert cl.rtn(copy.deepcopy(model), bits=4, progress=False).generate(encode(words[0]), max_new_tokens=20).shape[0] == 1

@@ -1,0 +1,90 @@
+"""Files: fresh processes, generation, sizes, and a disk that refuses."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import compresslab as cl
+from compresslab.quant.grid import grid_bytes
+from compresslab.quant.linear import PackedEmbedding, PackedLinear
+from compresslab.store import find_tokenizer, stored_bytes
+
+FRESH = """
+import sys, torch, compresslab
+from transformers import AutoModelForCausalLM
+folder, ids, out, how = sys.argv[1:]
+model = compresslab.load(folder) if how == "load" else AutoModelForCausalLM.from_pretrained(folder)
+with torch.no_grad(): torch.save(model(torch.load(ids)).logits, out)
+"""
+
+
+@pytest.mark.parametrize("how", ["load", "from_pretrained"])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_logits_in_a_fresh_process_are_equal_bit_for_bit(pylm, tmp_path, how, bits):
+    model = cl.rtn(cl.load(pylm), bits, embeddings=True, progress=False)
+    ids = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): here = model(ids).logits
+    cl.save(model, tmp_path/"m")
+    torch.save(ids, tmp_path/"ids.pt")
+    subprocess.run([sys.executable, "-c", FRESH, tmp_path/"m", tmp_path/"ids.pt", tmp_path/"logits.pt", how], check=True, capture_output=True)
+    assert torch.equal(here, torch.load(tmp_path/"logits.pt"))
+
+
+def test_bytes_are_the_formula_and_the_promise(pylm, tmp_path):
+    model = cl.rtn(cl.load(pylm), 4, embeddings=True, progress=False)
+    cl.save(model, tmp_path/"m")
+    packed = {p.weight: None for p in model.modules() if isinstance(p, (PackedLinear, PackedEmbedding))}
+    formula = sum(grid_bytes(*w.shape, 4, 32) for w in packed) + sum(p.nbytes for p in model.parameters())
+    stored, params = stored_bytes(tmp_path/"m"), sum(p.numel() for p in cl.load(pylm).parameters())
+    assert abs(stored/formula - 1) < .01
+    assert 4*params/stored >= 6.4 and stored_bytes(pylm)/stored >= 3.2
+
+
+def test_generation_after_load_with_padding(pylm, tmp_path):
+    model = cl.rtn(cl.load(pylm), 4, progress=False)
+    again = cl.load(cl.save(model, tmp_path/"m"))
+    tokenizer = find_tokenizer(str(tmp_path/"m"))
+    tokenizer.padding_side = "left"
+    batch = tokenizer(["import os\n", "def factorial(n):\n    if n =="], return_tensors="pt", padding=True)
+    a, b = (m.generate(**batch, max_new_tokens=12, do_sample=False) for m in (model, again))
+    assert torch.equal(a, b) and a.shape[1] == batch["input_ids"].shape[1] + 12
+    alone = again.generate(**tokenizer("import os\n", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    logits = again(**batch).logits
+    single = again(**tokenizer("import os\n", return_tensors="pt")).logits
+    assert (logits[0, -1] - single[0, -1]).abs().max() < .25 and alone.shape[1] > 3     # padding moves bfloat16 rounding only
+
+
+def test_a_disk_that_refuses_leaves_the_old_folder_whole(tiny, tmp_path):
+    """A real write error: the process may write files of a few kilobytes only."""
+    cl.save(cl.rtn(cl.load(tiny), 4, progress=False), tmp_path/"m")
+    before = {p.name: p.read_bytes() for p in (tmp_path/"m").iterdir()}
+    code = f"""
+import resource, signal, compresslab as cl
+model = cl.load({str(tiny)!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try: cl.save(model, {str(tmp_path/'m')!r})
+except OSError as e: print("ONE LINE:", e)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ONE LINE:" in run.stdout and "what was there is untouched" in run.stdout, run.stdout + run.stderr
+    assert {p.name: p.read_bytes() for p in (tmp_path/"m").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_tampered_weights_are_refused_by_plain_transformers_too(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+    folder = cl.save(cl.rtn(cl.load(tiny), 4, progress=False), tmp_path/"m")
+    weights = folder/"model.safetensors"
+    data = bytearray(weights.read_bytes()); data[-1] ^= 255; weights.write_bytes(data)
+    with pytest.raises(ValueError, match="was changed after it was written"): AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_sharded_files(tiny, tmp_path):
+    model = cl.rtn(cl.load(tiny), 4, embeddings=True, progress=False)
+    folder = cl.save(model, tmp_path/"m", max_shard_size="20KB")
+    assert len([*folder.glob("model-*.safetensors")]) > 1
+    ids = torch.arange(20)[None]
+    with torch.no_grad(): assert torch.equal(model(ids).logits, cl.load(folder)(ids).logits)
+    assert len(json.loads((folder/"compresslab.json").read_text())["files"]) > 1
