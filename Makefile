@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test export clean
+.PHONY: demo test export outputs clean
 
 demo: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(BIN)/compresslab report quant --profile smoke
@@ -13,9 +13,14 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# export the notebooks to the package, and clean them
+# export the notebooks to the package, clean them, and make README.md from nbs/index.ipynb
 export: $(VENV)/.ready
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --RegexRemovePreprocessor.patterns='#\| hide' --output-dir . --output README nbs/index.ipynb
+
+# run the chapters and keep what they print and draw
+outputs: $(VENV)/.ready
+	HF_HUB_OFFLINE=1 $(BIN)/nbdev-test nbs --n-workers 0 --save --skip-folder-re reports
 
 $(VENV)/.ready: constraints.txt pyproject.toml
 	python3 -c 'import sys; assert sys.version_info >= (3, 11), "compresslab needs Python 3.11 or newer"'

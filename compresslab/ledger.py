@@ -231,6 +231,7 @@ def plot(self, score:str="bpb", ax=None):
         ax.plot(r.stored_bytes/1e6, r.score(score), "o", ms=8)
         ax.annotate(r.name, (r.stored_bytes/1e6, r.score(score)), xytext=(6, 6), textcoords="offset points")
     ax.set(xlabel="stored MB", ylabel=dict(bpb="bits per byte", ppl="perplexity", top1="top-1 accuracy").get(score, score), xscale="log")
-    ax.margins(.15); ax.grid(alpha=.3)
+    for set_formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter): set_formatter(lambda v, _: f"{v:g}")
+    ax.margins(.2); ax.grid(alpha=.3)
     return ax
 Ledger.plot = plot

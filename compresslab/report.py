@@ -124,7 +124,9 @@ def to_html(
 ) -> Path: # report.html beside it
     "One page that needs no other file and no network: figures and styles inside, no scripts."
     from nbconvert import HTMLExporter
-    exporter = HTMLExporter(template_name="lab", embed_images=True, mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="", exclude_input_prompt=True, exclude_output_prompt=True)
+    from nbconvert.preprocessors import RegexRemovePreprocessor
+    exporter = HTMLExporter(template_name="lab", embed_images=True, mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="", exclude_input_prompt=True, exclude_output_prompt=True, exclude_raw=True)
+    exporter.register_preprocessor(RegexRemovePreprocessor(patterns=[r"#\| hide"]), enabled=True)
     body, _ = exporter.from_filename(str(notebook))
     page = notebook.with_name("report.html")
     page.write_text(re.sub(r"<script.*?</script>", "", body, flags=re.S), encoding="utf-8")

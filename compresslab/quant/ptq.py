@@ -229,7 +229,7 @@ def gptq(
     correct:bool=True, # Aim each layer at the original's outputs, not at its own on quantized inputs
     refine:int=3, # Rounds of coordinate descent on each matrix afterwards; plain GPTQ is correct=False, refine=0
     samples:int=128, # Calibration blocks, where calibration is a name
-    length:int=256, # Tokens in a block, where calibration is a name
+    length:int=512, # Tokens in a block, where calibration is a name; a model with a shorter context gets its own
     seed:int=0, # Of their draw
     include=None, exclude=None, # Regular expressions on module names
     tokenizer=None, # Where calibration is a name; by default the one beside the model
