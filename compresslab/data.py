@@ -139,12 +139,13 @@ TEXTS = {".txt", ".raw", ".md", ".py", ".tokens"}
 
 def split_name(
     name:str, # "corpus" or "corpus:split"
-    split:str|None, # The split wanted where the name says none; None leaves the choice to the name
+    split:str|None=None, # The split wanted where the name says none; None leaves the choice to the name
+    default:str="train", # The split of a name that says nothing
 ) -> tuple[str, str]: # The bare name and the split
-    "Take the split off a name: `corpus:split` says it, `folder/valid.txt` does too, everything else is `train` unless asked otherwise."
+    "Take the split off a name: `corpus:split` says it, `folder/valid.txt` does too, everything else is `default`."
     base, _, tail = name.rpartition(":")
     if base and tail in ("train", "valid", "test", "all"): name, split = base, tail
-    if split is None: split = (claimed_split(Path(name)) if Path(name).suffix else None) or "train"
+    if split is None: split = (claimed_split(Path(name)) if Path(name).suffix else None) or default
     if split not in ("train", "valid", "test", "all"):
         raise ValueError(f"split '{split}' is unknown: use train, valid, test or all")
     return name, split

@@ -8,14 +8,14 @@ Docs: https://compresslab.github.io/compresslab/ledger.html.md"""
 __all__ = ['Row', 'held_out', 'speed', 'peak_memory', 'measure', 'Ledger', 'to_frame', 'plot']
 
 # %% ../nbs/00_ledger.ipynb #3df1a672
-import json, os, statistics, subprocess, sys, tempfile, time
+import json, statistics, subprocess, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
 from .data import Blocks, documents, pack, split_name
-from .store import find_tokenizer, load, model_path, save, stored_bytes, weight_files
+from .store import find_tokenizer, load, model_path, save, stored_bytes
 from .surgery import params
 from .train import evaluate
 
@@ -58,7 +58,7 @@ def held_out(
     else: name, config = model.config.name_or_path, model.config
     tokenizer = tokenizer or (find_tokenizer(name) if name else None)
     if tokenizer is None: raise ValueError(f"{name or 'the model'} has no tokenizer beside it: pass tokenizer=, or blocks of token ids")
-    docs = documents(*split_name(on, None if Path(on).suffix else "valid"))
+    docs = documents(*split_name(on, default="valid"))
     return pack(docs.shuffle(seed=0), tokenizer, min(length, getattr(config, "max_position_embeddings", None) or length), "document", max_tokens)
 
 # %% ../nbs/00_ledger.ipynb #e865d53a

@@ -8,8 +8,8 @@ Docs: https://compresslab.github.io/compresslab/train.html.md"""
 __all__ = ['cosine', 'optimizers', 'Order', 'causal_loss', 'has_bf16', 'History', 'fit', 'Scores', 'evaluate']
 
 # %% ../nbs/03_train.ipynb #f226ccad
-import json, math, os, time
-from dataclasses import dataclass, asdict
+import json, math, shutil, time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -90,28 +90,29 @@ class History(list):
         ax.plot(x, y, alpha=.25); ax.plot(x[smooth-1:], y.unfold(0, smooth, 1).mean(-1), color="C0")
         ax.set(xlabel="tokens", ylabel="loss (nats per token)")
         return ax
-    def save(self, file): Path(file).write_text(json.dumps(self))
 
 # %% ../nbs/03_train.ipynb #b1b8a88e
-def _save_checkpoint(accelerator, history, folder):
+def _save_checkpoint(accelerator, history, folder, settings):
     "Write a checkpoint beside the last one, then put it in its place."
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     accelerator.save_state(str(new), safe_serialization=False)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        import shutil
-        history.save(new/"history.json")
+        (new/"history.json").write_text(json.dumps(dict(settings=settings, history=history)))
         if folder.exists(): folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
-def _load_checkpoint(accelerator, folder):
+def _load_checkpoint(accelerator, folder, settings):
     "The history of the newest whole checkpoint, its state loaded; an empty one if there is none."
     found = next((f for f in (folder, folder.with_name(folder.name + ".old")) if (f/"history.json").exists()), None)
     if found is None: return History()
+    saved = json.loads((found/"history.json").read_text())
+    other = {k: (v, settings.get(k)) for k, v in saved["settings"].items() if v != settings.get(k)}
+    if other: raise ValueError(f"checkpoint {found} is of another run ({', '.join(f'{k} was {a}, now {b}' for k, (a, b) in other.items())}): choose another folder or remove it")
     accelerator.load_state(str(found))
-    return History(json.loads((found/"history.json").read_text()))
+    return History(saved["history"])
 
 # %% ../nbs/03_train.ipynb #64acee9b
 def fit(
@@ -153,15 +154,19 @@ def fit(
     steps = steps or max(1, round(epochs*len(data)/(rows*accumulate*accelerator.num_processes)))
     made = accelerator.prepare(model, *optimizers(model, optimizer, lr, weight_decay))
     wrapped, opts = made[0], made[1:]
-    history = _load_checkpoint(accelerator, folder) if folder else History()
+    settings = dict(steps=steps, rows=len(data), batch_size=batch_size, accumulate=accumulate, processes=accelerator.num_processes, lr=lr, optimizer=optimizer,
+                    weight_decay=weight_decay, warmup=warmup, final_lr=final_lr, clip=clip, precision=precision, seed=seed)
+    history = _load_checkpoint(accelerator, folder, settings) if folder else History()
     share = accumulate*accelerator.num_processes
     batches = accelerator.prepare(DataLoader(data, batch_sampler=Order(len(data), batch_size, len(history)*share, steps*share, seed)))
-    return _loop(accelerator, wrapped, opts, batches, history, steps, per_step, loss, lr, warmup, final_lr, clip, folder, save_minutes, on_step, progress)
+    save = (lambda: _save_checkpoint(accelerator, history, folder, settings)) if folder else (lambda: None)
+    return _loop(accelerator, wrapped, opts, batches, history, settings, per_step, loss, save, save_minutes, on_step, progress)
 
 # %% ../nbs/03_train.ipynb #e83691cb
-def _loop(accelerator, model, opts, batches, history, steps, per_step, loss, lr, warmup, final_lr, clip, folder, save_minutes, on_step, progress):
+def _loop(accelerator, model, opts, batches, history, settings, per_step, loss, save, save_minutes, on_step, progress):
     "The steps themselves."
     model.train()
+    steps, lr, warmup, final_lr, clip = (settings[k] for k in ("steps", "lr", "warmup", "final_lr", "clip"))
     start, saved = time.time() - (history[-1]["seconds"] if history else 0), time.time()
     bar = tqdm(total=steps, initial=len(history), desc="train", disable=not (progress and accelerator.is_main_process))
     total = 0.
@@ -184,12 +189,10 @@ def _loop(accelerator, model, opts, batches, history, steps, per_step, loss, lr,
             accelerator.log({k: v for k, v in history[-1].items() if k != "step"}, step=len(history))
             bar.update(); bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", refresh=False)
             if on_step: on_step(model, history)
-            if folder and time.time() - saved > save_minutes*60: _save_checkpoint(accelerator, history, folder); saved = time.time()
-    except KeyboardInterrupt:
-        if folder: _save_checkpoint(accelerator, history, folder)
-        raise
+            if time.time() - saved > save_minutes*60: save(); saved = time.time()
+    except KeyboardInterrupt: save(); raise
     finally: bar.close()
-    if folder: _save_checkpoint(accelerator, history, folder)
+    save()
     for tracker in accelerator.trackers: tracker.finish()
     model.eval()
     return history

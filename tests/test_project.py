@@ -16,17 +16,31 @@ MODULES = [p for p in sorted((ROOT/"compresslab").rglob("*.py")) if not p.name.s
 NOTEBOOKS = [p for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if not any(x.startswith((".", "_")) for x in p.relative_to(ROOT).parts)]
 
 
-def room(dotted): return dotted.split(".")[1] if "." in dotted else None
+def imported_rooms(module):
+    """The top-level modules of compresslab that a file imports, absolutely or relatively."""
+    inside = ["compresslab", *module.relative_to(ROOT/"compresslab").parts[:-1]]
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import): names = [a.name.split(".") for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = inside[:len(inside) - node.level + 1] if node.level else []
+            stem = base + (node.module.split(".") if node.module else [])
+            names = [stem] if len(stem) > 1 else [stem + [a.name] for a in node.names]
+        else: continue
+        yield from {n[1] for n in names if n[0] == "compresslab" and len(n) > 1}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_imports_go_down_the_floors(module):
     here = module.relative_to(ROOT/"compresslab").parts[0].removesuffix(".py")
-    for node in ast.walk(ast.parse(module.read_text())):
-        if not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("compresslab.")): continue
-        there = room(node.module)
-        assert FLOOR[there] < FLOOR[here] or there == here or (FLOOR[here] == 0 and FLOORS[0].index(there) < FLOORS[0].index(here)) \
-            or FLOOR[here] == FLOOR[there] == 3, f"{here} imports {there}"
+    order = FLOORS[0] + FLOORS[3]                       # within these two floors, from left to right
+    for there in imported_rooms(module):
+        lower = FLOOR[there] < FLOOR[here] or there == here
+        beside = FLOOR[there] == FLOOR[here] and here in order and order.index(there) < order.index(here)
+        assert lower or beside, f"{here} imports {there}"
+
+
+def test_the_floors_are_really_seen():
+    assert {*imported_rooms(ROOT/"compresslab"/"quant"/"ptq.py")} >= {"data", "quant", "store", "surgery"}
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .grid import check_bits, dequantize, fit_grid, pack_bits, quantize, unpack_bits
+from .grid import check_bits, dequantize, pack_bits, unpack_bits
 from ..store import replacement
 from ..surgery import matrix
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..data import calibration_blocks
 from .grid import check_bits, dequantize, fit_grid, quantize
-from .linear import PackedEmbedding, PackedLinear, PackedWeight, pack_module
+from .linear import PackedWeight, pack_module
 from ..store import find_tokenizer, swap
 from ..surgery import LINEAR, find, matrix, model_inputs, tied, walk
 
