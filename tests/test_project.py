@@ -64,3 +64,12 @@ def test_settings_name_only_parameters_that_exist():
     from compresslab.report import report_parameters, reports
     for profile in ("smoke", "cpu", "gpu"):
         for notebook in reports().values(): report_parameters(notebook, profile)
+
+
+def test_readme_is_made_from_the_index():
+    from nbconvert import MarkdownExporter
+    from nbconvert.preprocessors import RegexRemovePreprocessor
+    exporter = MarkdownExporter()
+    exporter.register_preprocessor(RegexRemovePreprocessor(patterns=[r"#\| hide"]), enabled=True)
+    made, _ = exporter.from_filename(str(ROOT/"nbs"/"index.ipynb"))
+    assert (ROOT/"README.md").read_text().strip() == made.strip(), "run `make export`"

@@ -21,7 +21,7 @@ from ..data import calibration_blocks
 from .grid import check_bits, dequantize, fit_grid, quantize
 from .linear import PackedWeight, pack_module
 from ..store import find_tokenizer, swap
-from ..surgery import LINEAR, find, matrix, model_inputs, tied, walk
+from ..surgery import LINEAR, Stop, find, matrix, model_inputs, tied, walk
 
 # %% ../../nbs/quant/12_ptq.ipynb #e615d2d9
 def targets(
@@ -194,17 +194,21 @@ def layer_hessian(
     original=None, # (run, module) of the untouched model: what the inputs were meant to be
 ) -> Hessian:
     "The Hessian of one module's inputs over all samples, and their correlation with the original inputs."
-    total, seen = Hessian(matrix(module).shape[1], matrix(module).device), {}
-    handles = [module.register_forward_pre_hook(lambda m, args: seen.update(now=args[0]))]
-    if original: handles.append(original[1].register_forward_pre_hook(lambda m, args: seen.update(meant=args[0])))
-    try:
-        for s in range(samples):
-            seen.clear(); run(s)
-            if original: original[0](s)
-            if "now" in seen: total.add(seen["now"], seen.get("meant"))
-    finally:
-        for h in handles: h.remove()
+    total = Hessian(matrix(module).shape[1], matrix(module).device)
+    for s in range(samples):
+        now = _input(run, module, s)
+        if now is not None: total.add(now, _input(*original, s) if original else None)
     return total
+
+def _input(run, module, sample):
+    "What a module reads when a sample is run up to it; None if it is not reached."
+    seen = []
+    def hook(m, args): seen.append(args[0]); raise Stop
+    handle = module.register_forward_pre_hook(hook)
+    try: run(sample)
+    except Stop: pass
+    finally: handle.remove()
+    return seen[0] if seen else None
 
 # %% ../../nbs/quant/12_ptq.ipynb #56087c41
 @dataclass
