@@ -153,7 +153,7 @@ def split_name(
 # %% ../nbs/01_data.ipynb #5b5e8204
 def _files(path, split):
     "The files under `path` that belong to `split`, and whether their names said so."
-    known = lambda f: {*f.suffixes} & (TEXTS | TABLES.keys())
+    known = lambda f: Path(f.name.removesuffix(".gz")).suffix in TEXTS | TABLES.keys()
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file() and known(f))
     if not files: raise FileNotFoundError(f"{path} holds no text: it needs {', '.join(sorted(TEXTS | TABLES.keys()))} files")
     named = {f: claimed_split(f) for f in files if claimed_split(f)}
@@ -165,9 +165,11 @@ def _files(path, split):
 
 def _read(file, corpus):
     "The documents of one file."
-    table = next((TABLES[s] for s in file.suffixes if s in TABLES), None)
+    table = TABLES.get(Path(file.name.removesuffix(".gz")).suffix)
     if table is None:
-        with _open(file) as f: return parse_text(f.read(), corpus)
+        try:
+            with _open(file) as f: return parse_text(f.read(), corpus)
+        except UnicodeDecodeError as e: raise ValueError(f"{file} is not UTF-8 text ({e.reason} at byte {e.start}): convert it first") from None
     rows = load_dataset(table, data_files=str(file), split="train")
     if "text" not in rows.column_names: raise ValueError(f"{file} has no 'text' column, only {', '.join(rows.column_names)}")
     return _tidy(rows["text"], corpus)
@@ -237,7 +239,8 @@ def squad(
     path = local_path(name)
     if path is None: return hub_rows(name, split)
     rows = []
-    for file in _files(path, split)[0]:
+    files, named = _files(path, split)
+    for file in files:
         if ".jsonl" in file.suffixes: rows += load_dataset("json", data_files=str(file), split="train").to_list(); continue
         try:
             with _open(file) as f: articles = json.load(f)["data"]
@@ -245,7 +248,7 @@ def squad(
         rows += [dict(id=q["id"], title=a["title"], context=p["context"], question=q["question"],
                       answers=dict(text=[x["text"] for x in q["answers"]], answer_start=[x["answer_start"] for x in q["answers"]]))
                  for a in articles for p in a["paragraphs"] for q in p["qas"]]
-    return Dataset.from_list(rows)
+    return Dataset.from_list(rows if named else [r for r in rows if hash_split(r["title"]) == split])   # whole articles
 
 # %% ../nbs/01_data.ipynb #862ef9ec
 def scitldr(
@@ -256,10 +259,11 @@ def scitldr(
     name, split = split_name(name, split)
     path = local_path(name)
     if path is None: return hub_rows(name, split)
-    rows = load_dataset("json", data_files=[str(f) for f in _files(path, split)[0]], split="train")
+    files, named = _files(path, split)
+    rows = load_dataset("json", data_files=[str(f) for f in files], split="train")
     missing = {"source", "target"} - {*rows.column_names}
     if missing: raise ValueError(f"{path} is not SciTLDR: column {', '.join(sorted(missing))} is missing")
-    return rows
+    return rows if named else rows.filter(lambda r: hash_split(r["source"][0]) == split)
 
 # %% ../nbs/01_data.ipynb #c7dbe821
 @dataclass
@@ -345,14 +349,15 @@ def calibration_blocks(
         if len(full) == 0: raise ValueError(f"calibration '{calibration}' is shorter than one block of {length} tokens")
         pick = full[torch.randperm(len(full), generator=torch.Generator().manual_seed(seed))[:samples]]
         calibration = list(blocks.input_ids[pick])
-    if calibration is None or len(calibration) == 0: raise ValueError("calibration is empty: pass a data name or a list of token-id tensors")
+    if calibration is None or len(calibration) == 0 or any(not isinstance(c, dict) and len(c) == 0 for c in calibration): raise ValueError("calibration is empty: pass a data name or a list of token-id tensors")
+    if any(isinstance(c, str) for c in calibration): raise ValueError("calibration is a list of strings: pass token ids, or the name of a file or corpus")
     return [dict(c) if isinstance(c, dict) else dict(input_ids=torch.as_tensor(c).reshape(-1, torch.as_tensor(c).shape[-1])) for c in calibration]
 
 # %% ../nbs/01_data.ipynb #a9826773
 def available() -> list[dict]: # `name`, `where`, `bytes` (0 where not here)
     "Every data name this machine can resolve without the network, and the known ones that the Hub has."
     rows = [dict(name="python-stdlib", where=sysconfig.get_paths()["stdlib"], bytes=sum(len(r["text"].encode()) for r in python_stdlib("all")))]
-    found = {p.name: p for p in sorted(data_root().glob("*")) if p.is_dir() and any({*f.suffixes} & (TEXTS | TABLES.keys()) for f in p.iterdir() if f.is_file()) and not (p/"config.json").exists()}
+    found = {p.name: p for p in sorted(data_root().glob("*")) if p.is_dir() and any(Path(f.name.removesuffix(".gz")).suffix in TEXTS | TABLES.keys() for f in p.iterdir() if f.is_file()) and not (p/"config.json").exists()}
     rows += [dict(name=n, where=str(p), bytes=sum(f.stat().st_size for f in p.rglob("*") if f.is_file())) for n, p in found.items()]
     return rows + [dict(name=n, where=f"Hub: {h[0]}", bytes=0) for n, h in HUB.items() if n not in found]
 

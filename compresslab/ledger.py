@@ -26,11 +26,11 @@ class Row:
     name:str
     params:int              # structural: the numbers it consists of, tied ones once
     stored_bytes:int        # of the weight files; the tokenizer is not counted
-    nll:float               # nats per token
-    ppl:float               # exp(nll)
-    bpb:float|None          # bits per byte of text
-    top1:float              # share of tokens ranked first
-    tokens:int              # that these were measured on
+    nll:float|None=None     # nats per token; None where nothing was scored
+    ppl:float|None=None     # exp(nll)
+    bpb:float|None=None     # bits per byte of text
+    top1:float|None=None    # share of tokens ranked first
+    tokens:int=0            # that these were measured on
     prefill:float|None=None # tokens per second, one block at batch 1, median
     decode:float|None=None  # tokens per second, greedy at batch 1, median
     peak_memory:int|None=None # bytes that loading and one forward pass added, in a fresh process
@@ -73,6 +73,7 @@ def speed(
     device = next(iter(model.state_dict().values())).device
     ids = ids[None].to(device)
     extra = dict(decoder_input_ids=ids[:, :1]) if model.config.is_encoder_decoder else {}
+    new = min(new, (getattr(model.config, "max_position_embeddings", None) or 2**20) - 10)
     options = dict(do_sample=False, pad_token_id=model.generation_config.pad_token_id or 0, attention_mask=torch.ones_like(ids[:, :8]))
     def clock(f):
         if device.type == "cuda": torch.cuda.synchronize()
@@ -120,7 +121,7 @@ def peak_memory(
 # %% ../nbs/00_ledger.ipynb #f81c00d7
 def measure(
     model, # A folder, a name, or a transformers model (which is saved to a temporary folder first)
-    on="python-stdlib", # A data name (its validation part unless it says otherwise), or `Blocks`
+    on="python-stdlib", # A data name (its validation part unless it says otherwise), `Blocks`, a dataset of input_ids and labels, or None: no quality
     name:str="", # The row's name; by default the folder's
     max_tokens:int|None=100_000, # Score at most this many; None scores all
     tokenizer=None, # By default the one beside the model
@@ -139,13 +140,16 @@ def measure(
     blocks = held_out(path, on, max_tokens, tokenizer) if isinstance(on, str) else on
     loaded = load(path, device)
     folder = Path(path) if Path(path).exists() else None
-    scores = evaluate(loaded, blocks, progress=progress)
-    row = Row(name or Path(path).name, params(loaded), stored_bytes(folder) if folder else _hub_bytes(path), scores.nll, scores.ppl, scores.bpb, scores.top1, scores.tokens,
+    row = Row(name or Path(path).name, params(loaded), stored_bytes(folder) if folder else _hub_bytes(path),
               seconds=seconds, on=on if isinstance(on, str) else "", folder=str(folder or path))
+    if blocks is not None:
+        scores = evaluate(loaded, blocks, progress=progress)
+        row.nll, row.ppl, row.bpb, row.top1, row.tokens = scores.nll, scores.ppl, scores.bpb, scores.top1, scores.tokens
     if timing:
-        row.prefill, row.decode = speed(loaded, blocks.input_ids[0])
+        ids = torch.full((64,), 3) if blocks is None else blocks[0]["input_ids"]
+        row.prefill, row.decode = speed(loaded, ids)
         del loaded
-        row.peak_memory = peak_memory(path, blocks.input_ids.shape[1], str(device or "cpu"))
+        row.peak_memory = peak_memory(path, len(ids), str(device or "cpu"))
     return row
 
 def _hub_bytes(name):
@@ -156,11 +160,15 @@ def _hub_bytes(name):
 # %% ../nbs/00_ledger.ipynb #4aa75fc2
 class Ledger:
     "Measured rows; the first is the original."
-    def __init__(self, path:str|Path|None=None): self.rows, self.path = [], Path(path) if path else None
+    def __init__(self, path:str|Path|None=None):
+        self.path, known = Path(path) if path else None, {f.name for f in fields(Row)}
+        saved = json.loads(self.path.read_text()) if self.path and self.path.exists() else []
+        self.rows = [Row(**{k: v for k, v in r.items() if k in known}) for r in saved]
 
     def add(self, row:Row) -> Row:
-        "Append a row and write the file."
-        self.rows.append(row)
+        "Append a row, or replace the one of its name, and write the file."
+        at = next((i for i, r in enumerate(self.rows) if r.name == row.name), len(self.rows))
+        self.rows[at:at + 1] = [row]
         if self.path: self.save(self.path)
         return row
 
@@ -170,6 +178,8 @@ class Ledger:
 
     def retention(self, score:str="top1") -> dict: # name -> score over the original's score
         "How much of a named score each row keeps."
+        lacking = [r.name for r in self.rows if r.score(score) is None]
+        if lacking: raise ValueError(f"{lacking[0]} has no {score}")
         return {r.name: r.score(score)/self.rows[0].score(score) for r in self.rows}
 
     def to_dicts(self) -> list[dict]:
@@ -184,10 +194,9 @@ class Ledger:
 
     @classmethod
     def from_json(cls, path:str|Path) -> "Ledger":
-        "Read what `save` wrote; further rows are appended to the same file."
-        out = cls(path); known = {f.name for f in fields(Row)}
-        out.rows = [Row(**{k: v for k, v in r.items() if k in known}) for r in json.loads(Path(path).read_text())]
-        return out
+        "Read what `save` wrote; further rows go to the same file."
+        if not Path(path).exists(): raise FileNotFoundError(f"{path} is not there: no ledger was saved to it")
+        return cls(path)
 
 # %% ../nbs/00_ledger.ipynb #e00ef019
 def to_frame(self):
@@ -228,6 +237,7 @@ def plot(self, score:str="bpb", ax=None):
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 4))[1]
     for r in self.rows:
+        if r.score(score) is None: continue
         ax.plot(r.stored_bytes/1e6, r.score(score), "o", ms=8)
         ax.annotate(r.name, (r.stored_bytes/1e6, r.score(score)), xytext=(6, 6), textcoords="offset points")
     ax.set(xlabel="stored MB", ylabel=dict(bpb="bits per byte", ppl="perplexity", top1="top-1 accuracy").get(score, score), xscale="log")

@@ -6,11 +6,11 @@ Docs: https://compresslab.github.io/compresslab/store.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'REPLACEMENTS', 'replacement', 'CompresslabConfig', 'CompresslabQuantizer', 'join', 'swap',
-           'manifest_modules', 'sha256', 'weight_files', 'stored_bytes', 'beside', 'find_tokenizer', 'save',
-           'read_manifest', 'model_path', 'load']
+           'manifest_modules', 'sha256', 'weight_files', 'stored_bytes', 'check_replaceable', 'beside', 'cast_buffers',
+           'find_tokenizer', 'save', 'read_manifest', 'model_path', 'load']
 
 # %% ../nbs/04_store.ipynb #eaf7be80
-import hashlib, json, shutil
+import hashlib, json, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,22 +48,27 @@ class CompresslabQuantizer(HfQuantizer):
     def is_serializable(self, *args, **kwargs): return False
 
     def get_new_dtype(self, converter, param, dtype):
-        "The names of packed tensors keep the dtype they have on disk; the rest follow `from_pretrained`."
+        "Tensors keep the dtype they were saved with, unless `from_pretrained` was asked for another; packed ones always do."
         names = getattr(converter, "source_patterns", None) or [getattr(converter, "_original_target_patterns", "")]
-        return None if any(n.startswith(self.packed) for n in names if self.packed) else super().get_new_dtype(converter, param, dtype)
+        packed = any(n.startswith(self.packed) for n in names if self.packed)
+        return None if packed or str(dtype).removeprefix("torch.") == self.saved["dtype"] else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        self.modules = read_manifest(model.config.name_or_path)["modules"]
+        self.saved = read_manifest(model.config.name_or_path)
+        self.modules = self.saved["modules"]
         self.packed = tuple(n + "." for n in self.modules)
         for name, entry in self.modules.items():
             try: old = model.get_submodule(name)
             except AttributeError: raise ValueError(f"compresslab.json replaces '{name}', which {type(model).__name__} does not have") from None
-            with torch.device("meta"): replace(model, name, _class(entry).from_manifest(entry, old))
+            try:
+                with torch.device("meta"): replace(model, name, _class(entry).from_manifest(entry, old))
+            except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"compresslab.json is damaged at '{name}': {e!r}") from None
         model.all_tied_weights_keys = {a: b for a, b in model.all_tied_weights_keys.items()
                                        if not {a.rpartition(".")[0], b.rpartition(".")[0]} & self.modules.keys()}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         join(model, self.modules)
+        cast_buffers(model, self.saved)
         return model
 
 AUTO_QUANTIZATION_CONFIG_MAPPING["compresslab"] = CompresslabConfig
@@ -109,38 +114,71 @@ def weight_files(folder) -> list[Path]: # The safetensors files a fresh process 
     "A model folder's weight files; one line of error if it is no model folder."
     folder = Path(folder)
     if not (folder/"config.json").is_file(): raise FileNotFoundError(f"{folder} is no model folder: config.json is missing")
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files: raise FileNotFoundError(f"{folder} holds no weights: model.safetensors is missing")
-    return files
+    index = folder/"model.safetensors.index.json"
+    names = ["model.safetensors"] if (folder/"model.safetensors").exists() or not index.exists() else sorted({*json.loads(index.read_text())["weight_map"].values()})
+    missing = next((n for n in names if not (folder/n).is_file()), None)
+    if missing: raise FileNotFoundError(f"{folder} is incomplete: {missing} is missing")
+    return [folder/n for n in names]
 
 def stored_bytes(folder) -> int: # Of the weight files, headers included; the tokenizer is not counted
     "The bytes that a model takes on disk: the sum of its weight files."
     return sum(f.stat().st_size for f in weight_files(folder))
 
 # %% ../nbs/04_store.ipynb #6d18ff4a
+def check_replaceable(folder:Path):
+    "Raise if a folder holds something that compresslab did not write."
+    if folder.exists() and any(folder.iterdir()) and not (folder/"compresslab.json").exists():
+        raise FileExistsError(f"{folder} exists and compresslab did not write it: choose another folder")
+
 @contextmanager
 def beside(
     folder:Path, # The folder to make or replace
-    owned:str, # A file that says an existing folder may be replaced
 ):
     "Yields a new folder beside `folder`; puts it in its place if the block succeeds, removes it if not."
-    folder = Path(folder).absolute()
-    new, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    if folder.exists() and any(folder.iterdir()) and not (folder/owned).exists():
-        raise FileExistsError(f"{folder} exists and compresslab did not write it: choose another folder")
-    shutil.rmtree(new, ignore_errors=True)
+    folder = Path(folder).resolve()
+    check_replaceable(folder)
     try:
-        new.mkdir(parents=True)
-        yield new
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists(): folder.rename(old)
-        new.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
+            new, old = Path(work)/"new", Path(work)/"old"
+            new.mkdir(); yield new
+            if folder.exists():
+                ours = {*json.loads((folder/"compresslab.json").read_text()).get("written", [])}
+                for other in [p for p in folder.iterdir() if p.name not in ours and not (new/p.name).exists()]:
+                    (shutil.copytree if other.is_dir() else shutil.copy2)(other, new/other.name)
+                folder.rename(old)
+            try: new.rename(folder)
+            except OSError:
+                if old.exists(): old.rename(folder)
+                raise
     except OSError as e: raise OSError(e.errno, f"writing {folder} failed ({e.strerror or e}); " + ("what was there is untouched" if folder.exists() else "nothing was left behind")) from e
-    finally:
-        if not folder.exists() and old.exists(): old.rename(folder)
-        shutil.rmtree(new, ignore_errors=True); shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/04_store.ipynb #7192714f
+# %% ../nbs/04_store.ipynb #7cc94736
+def _tensors(model, modules):
+    "The state dict, each tensor once where the loader knows that it is shared."
+    declared = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    joined, seen, out = tuple(n + "." for n, e in modules.items() if "tied_to" in e), {}, {}
+    for name, t in model.state_dict().items():
+        key = (t.data_ptr(), t.shape, t.stride(), t.dtype)
+        again = t.numel() and key in seen
+        if again and (name.startswith(joined or ("/",)) or {name, seen[key]} <= declared): continue
+        seen.setdefault(key, name)
+        out[name] = t.clone() if again else t
+    return out
+
+def _cast_buffers(model):
+    "Buffers outside the state dict that are not in float32 any more, with their dtypes."
+    kept = model.state_dict().keys()
+    return {n: str(b.dtype).removeprefix("torch.") for n, b in model.named_buffers() if n not in kept and b.is_floating_point() and b.dtype != torch.float32}
+
+def cast_buffers(model, manifest):
+    "Give buffers that are not in the file the dtype they had when the model was saved."
+    for name, dtype in manifest.get("buffers", {}).items():
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module._buffers[key] = module._buffers[key].to(getattr(torch, dtype))
+
+# %% ../nbs/04_store.ipynb #02f49693
 def find_tokenizer(name_or_path:str, local:bool=False):
     "The tokenizer of a model folder or Hub name; None where there is none."
     path = local_path(name_or_path)
@@ -157,8 +195,8 @@ def save(
     folder = Path(folder)
     modules = manifest_modules(model)
     tokenizer = tokenizer or (find_tokenizer(model.config.name_or_path, local=True) if model.config.name_or_path else None)
-    with beside(folder, "compresslab.json") as new:
-        try: save_torch_state_dict(model.state_dict(), new, max_shard_size=max_shard_size, metadata=dict(format="pt"), shared_tensors_to_discard=_copies(model))
+    with beside(folder) as new:
+        try: save_torch_state_dict(_tensors(model, modules), new, max_shard_size=max_shard_size, metadata=dict(format="pt"))
         except SafetensorError as e: raise OSError(getattr(e, "errno", None) or 28, str(e)) from None
         config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
         config["dtype"] = str(model.dtype).removeprefix("torch.")   # of what is not packed; transformers would otherwise guess it from a packed tensor
@@ -167,36 +205,33 @@ def save(
         if getattr(model, "generation_config", None) is not None: model.generation_config.save_pretrained(new)
         if tokenizer is not None: tokenizer.save_pretrained(new)
         files = {f.name: dict(bytes=f.stat().st_size, sha256=sha256(f)) for f in weight_files(new)}
-        (new/"compresslab.json").write_text(json.dumps(dict(format=FORMAT, modules=modules, files=files), indent=1))
+        about = dict(format=FORMAT, dtype=config["dtype"], modules=modules, buffers=_cast_buffers(model), files=files)
+        (new/"compresslab.json").write_text(json.dumps(dict(about, written=sorted([p.name for p in new.iterdir()] + ["compresslab.json"])), indent=1))
     return folder
 
-def _copies(model):
-    "Names in the state dict whose tensor another name already holds."
-    seen, copies = {}, []
-    for name, t in model.state_dict().items():
-        key = (t.data_ptr(), t.shape, t.stride(), t.dtype)
-        if t.numel() and key in seen: copies.append(name)
-        seen.setdefault(key, name)
-    return copies
-
-# %% ../nbs/04_store.ipynb #02f49693
+# %% ../nbs/04_store.ipynb #f4ffb8d8
 def read_manifest(
     name_or_path:str, # A folder, or a Hub name
 ) -> dict: # `format`, `modules`, `files`
     "`compresslab.json`, checked, and the weight files checked against it."
     file = cached_file(name_or_path, "compresslab.json", _raise_exceptions_for_missing_entries=False)
     if file is None: raise FileNotFoundError(f"{name_or_path} says it was written by compresslab, but compresslab.json is missing")
-    try: out = json.loads(Path(file).read_text()); version, files = out["format"], out["files"]; out["modules"]
-    except (ValueError, KeyError, TypeError): raise ValueError(f"{file} is damaged: it is not the list that compresslab writes") from None
+    try:
+        out = json.loads(Path(file).read_text())
+        version, files = int(out["format"]), {n: (int(f["bytes"]), str(f["sha256"])) for n, f in out["files"].items()}
+        [entry["type"] for entry in out["modules"].values()]
+        if not files: raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"{file} is damaged: it is not the list that compresslab writes") from None
     if version > FORMAT: raise ValueError(f"{file} has format {version}; this compresslab reads up to {FORMAT}: upgrade it")
-    for n, f in files.items():
-        path = Path(cached_file(name_or_path, n) if Path(n).name == n else "")
-        if not path.is_file(): raise FileNotFoundError(f"{Path(file).parent/n} is missing")
-        if path.stat().st_size != f["bytes"]: raise ValueError(f"{path} is truncated or foreign: {path.stat().st_size:,} bytes, {f['bytes']:,} were written")
-        if sha256(path) != f["sha256"]: raise ValueError(f"{path} was changed after it was written: its SHA-256 differs")
+    for n, (size, digest) in files.items():
+        found = cached_file(name_or_path, n, _raise_exceptions_for_missing_entries=False) if Path(n).name == n else None
+        if found is None: raise FileNotFoundError(f"{Path(file).parent/n} is missing")
+        path = Path(found)
+        if path.stat().st_size != size: raise ValueError(f"{path} is truncated or foreign: {path.stat().st_size:,} bytes, {size:,} were written")
+        if sha256(path) != digest: raise ValueError(f"{path} was changed after it was written: its SHA-256 differs")
     return out
 
-# %% ../nbs/04_store.ipynb #e806fe16
+# %% ../nbs/04_store.ipynb #0ce50f98
 def model_path(
     name:str|Path, # A folder, a name under the data root, or a Hub name
 ) -> str: # What transformers can load
@@ -220,7 +255,12 @@ def load(
 ): # A transformers model in evaluation mode
     "Load a model of any architecture, compressed or not."
     path = model_path(name)
-    names = AutoConfig.from_pretrained(path).architectures or [""]
-    cls = getattr(transformers, names[0], AutoModelForCausalLM)
-    model = cls.from_pretrained(path, dtype=dtype)
+    config = AutoConfig.from_pretrained(path)
+    packed = getattr(config, "quantization_config", None) is not None        # then the quantizer checks the files
+    saved = read_manifest(path) if not packed and (Path(path)/"compresslab.json").exists() else {}
+    cls = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    model, found = cls.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    wrong = [*found["missing_keys"], *found["mismatched_keys"], *(found["unexpected_keys"] if packed else [])]
+    if wrong: raise ValueError(f"{path} does not fit {cls.__name__}: {len(wrong)} tensors are missing or do not belong, such as {sorted(map(str, wrong))[0]}")
+    cast_buffers(model, saved)
     return model.to(device) if device else model

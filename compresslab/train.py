@@ -8,7 +8,7 @@ Docs: https://compresslab.github.io/compresslab/train.html.md"""
 __all__ = ['cosine', 'optimizers', 'Order', 'causal_loss', 'has_bf16', 'History', 'fit', 'Scores', 'evaluate']
 
 # %% ../nbs/03_train.ipynb #f226ccad
-import json, math, shutil, time
+import json, math, shutil, signal, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+
+from .data import Blocks
 
 # %% ../nbs/03_train.ipynb #5cb2a61f
 def cosine(
@@ -94,11 +96,13 @@ class History(list):
 # %% ../nbs/03_train.ipynb #b1b8a88e
 def _save_checkpoint(accelerator, history, folder, settings):
     "Write a checkpoint beside the last one, then put it in its place."
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    new, old = (folder.with_name(f".{folder.name}.{x}") for x in ("new", "old"))
+    if accelerator.is_main_process: shutil.rmtree(new, ignore_errors=True)
     accelerator.save_state(str(new), safe_serialization=False)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (new/"history.json").write_text(json.dumps(dict(settings=settings, history=history)))
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists(): folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -106,7 +110,8 @@ def _save_checkpoint(accelerator, history, folder, settings):
 
 def _load_checkpoint(accelerator, folder, settings):
     "The history of the newest whole checkpoint, its state loaded; an empty one if there is none."
-    found = next((f for f in (folder, folder.with_name(folder.name + ".old")) if (f/"history.json").exists()), None)
+    if folder.exists() and any(folder.iterdir()) and not (folder/"history.json").exists(): raise FileExistsError(f"checkpoint {folder} holds something else: choose a folder of its own")
+    found = next((f for f in (folder, folder.with_name(f".{folder.name}.old")) if (f/"history.json").exists()), None)
     if found is None: return History()
     saved = json.loads((found/"history.json").read_text())
     other = {k: (v, settings.get(k)) for k, v in saved["settings"].items() if v != settings.get(k)}
@@ -152,15 +157,20 @@ def fit(
     per_step = data[0]["input_ids"].numel()*rows*accumulate*accelerator.num_processes
     if tokens: steps = max(1, round(tokens/per_step))
     steps = steps or max(1, round(epochs*len(data)/(rows*accumulate*accelerator.num_processes)))
+    own = {k: v for k, v in model.__dict__.items() if k == "forward"}
     made = accelerator.prepare(model, *optimizers(model, optimizer, lr, weight_decay))
     wrapped, opts = made[0], made[1:]
     settings = dict(steps=steps, rows=len(data), batch_size=batch_size, accumulate=accumulate, processes=accelerator.num_processes, lr=lr, optimizer=optimizer,
                     weight_decay=weight_decay, warmup=warmup, final_lr=final_lr, clip=clip, precision=precision, seed=seed)
     history = _load_checkpoint(accelerator, folder, settings) if folder else History()
     share = accumulate*accelerator.num_processes
-    batches = accelerator.prepare(DataLoader(data, batch_sampler=Order(len(data), batch_size, len(history)*share, steps*share, seed)))
+    batches = accelerator.prepare(DataLoader(data, batch_sampler=Order(len(data), batch_size, len(history)*share, steps*share, seed),
+                                             generator=torch.Generator()))  # its own, so that starting to read does not advance dropout's
     save = (lambda: _save_checkpoint(accelerator, history, folder, settings)) if folder else (lambda: None)
-    return _loop(accelerator, wrapped, opts, batches, history, settings, per_step, loss, save, save_minutes, on_step, progress)
+    try: return _loop(accelerator, wrapped, opts, batches, history, settings, per_step, loss, save, save_minutes, on_step, progress)
+    finally:                                                   # accelerate's autocast does not stay in the model
+        for key in ("forward", "_original_forward"): model.__dict__.pop(key, None)
+        model.__dict__.update(own)
 
 # %% ../nbs/03_train.ipynb #e83691cb
 def _loop(accelerator, model, opts, batches, history, settings, per_step, loss, save, save_minutes, on_step, progress):
@@ -169,9 +179,15 @@ def _loop(accelerator, model, opts, batches, history, settings, per_step, loss, 
     steps, lr, warmup, final_lr, clip = (settings[k] for k in ("steps", "lr", "warmup", "final_lr", "clip"))
     start, saved = time.time() - (history[-1]["seconds"] if history else 0), time.time()
     bar = tqdm(total=steps, initial=len(history), desc="train", disable=not (progress and accelerator.is_main_process))
-    total = 0.
+    total, stop = None, []
+    main = threading.current_thread() is threading.main_thread()
+    def finish_step(*_):                    # Ctrl-C waits for the end of the step; a second one does not
+        if stop: raise KeyboardInterrupt
+        stop.append(True)
+    if main: before = signal.signal(signal.SIGINT, finish_step)
     try:
         for batch in batches:
+            total = total or 0.
             for o in opts:
                 for g in o.param_groups: g["lr"] = lr*cosine(len(history), steps, warmup, final_lr)
             with accelerator.accumulate(model):
@@ -185,19 +201,24 @@ def _loop(accelerator, model, opts, batches, history, settings, per_step, loss, 
             if not math.isfinite(total): raise FloatingPointError(f"the loss is {total} at step {len(history)}: lower lr (now {lr}) or check the data")
             history.append(dict(step=len(history), loss=total, lr=opts[0].param_groups[0]["lr"], tokens=(len(history) + 1)*per_step,
                                 seconds=time.time() - start, **{k: float(v) for k, v in extra.items()}))
-            total = 0.
+            total = None
             accelerator.log({k: v for k, v in history[-1].items() if k != "step"}, step=len(history))
             bar.update(); bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", refresh=False)
             if on_step: on_step(model, history)
+            if stop: raise KeyboardInterrupt
             if time.time() - saved > save_minutes*60: save(); saved = time.time()
-    except KeyboardInterrupt: save(); raise
-    finally: bar.close()
-    save()
+        save()
+    except KeyboardInterrupt:
+        if total is None: save()                # between steps; a step that was cut in the middle is not worth keeping
+        raise
+    finally:
+        bar.close()
+        if main: signal.signal(signal.SIGINT, before)
     for tracker in accelerator.trackers: tracker.finish()
     model.eval()
     return history
 
-# %% ../nbs/03_train.ipynb #e1584da2
+# %% ../nbs/03_train.ipynb #df79c56a
 @dataclass
 class Scores:
     "What a model is worth on some text."
@@ -208,7 +229,7 @@ class Scores:
     tokens:int       # scored
     seconds:float    # spent
 
-# %% ../nbs/03_train.ipynb #df79c56a
+# %% ../nbs/03_train.ipynb #e50ed971
 @torch.inference_mode()
 def evaluate(
     model, # A transformers model: causal, or encoder-decoder
@@ -217,6 +238,8 @@ def evaluate(
     progress:bool=True, # Show a bar
 ) -> Scores: # Each label other than -100 counted once
     "Score a model on held-out data; the model is left in the mode it was in."
+    if len(data) == 0: raise ValueError("no data to score")
+    if model.config.is_encoder_decoder and isinstance(data, Blocks): raise ValueError(f"running text scores a causal model; {type(model).__name__} is an encoder-decoder and needs pairs of input_ids and labels")
     device, mode = next(iter(model.state_dict().values())).device, model.training
     shift = 0 if model.config.is_encoder_decoder else 1   # a causal model's label t is scored by logit t-1
     vocab = model.config.get_text_config().vocab_size
@@ -230,6 +253,7 @@ def evaluate(
         nll += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum").double().cpu()
         right += int((logits.argmax(-1) == labels).sum()); n += int((labels != -100).sum())
     model.train(mode)
+    if n == 0: raise ValueError("nothing to score: every label is -100")
     n_bytes = getattr(data, "n_bytes", None)
     nll = nll.item()
     return Scores(nll/n, math.exp(min(nll/n, 700)), nll/math.log(2)/n_bytes if n_bytes else None, right/n, n, time.time() - start)

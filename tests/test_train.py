@@ -29,3 +29,38 @@ def test_two_processes_equal_one(tmp_path):
         assert run.returncode == 0, run.stderr[-2000:]
     one, two = torch.load(tmp_path/"one.pt"), torch.load(tmp_path/"two.pt")
     for k in one: torch.testing.assert_close(one[k], two[k], rtol=1e-3, atol=1e-4)
+
+
+def test_ctrl_c_in_the_middle_of_a_step_is_exact_too(tmp_path):
+    """The signal comes inside the loss, with dropout: the step is finished, saved, and the resumed run ends with the same weights."""
+    import os
+    import signal
+
+    import pytest
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from compresslab.data import Blocks
+    from compresslab.train import causal_loss, fit
+    ids = torch.randint(0, 64, (40, 16), generator=torch.Generator().manual_seed(1))
+    data = Blocks(ids, ids, torch.ones_like(ids), 1, 1)
+    calls = []
+
+    def model():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16))
+
+    def interrupted(m, batch):
+        calls.append(1)
+        value = causal_loss(m, batch)
+        if len(calls) == 4: os.kill(os.getpid(), signal.SIGINT)
+        return value
+
+    kwargs = dict(steps=9, batch_size=4, accumulate=2, progress=False)
+    straight = model()
+    whole = fit(straight, data, **kwargs)
+    with pytest.raises(KeyboardInterrupt): fit(model(), data, loss=interrupted, checkpoint=tmp_path/"ck", **kwargs)
+    resumed = model()
+    again = fit(resumed, data, checkpoint=tmp_path/"ck", **kwargs)
+    assert [h["loss"] for h in again] == [h["loss"] for h in whole]
+    for a, b in zip(straight.parameters(), resumed.parameters()): assert torch.equal(a, b)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 # %% ../../nbs/quant/10_grid.ipynb #b14e2ed0
 BITS = range(2, 9)
 
-def check_bits(bits:int):
-    "One clear line for a width that is not supported."
-    if bits not in BITS: raise ValueError(f"bits={bits!r} is not supported: use {BITS[0]} to {BITS[-1]}")
+def check_bits(bits:int, group_size:int=0):
+    "One clear line for a width or a group size that is not supported."
+    if not isinstance(bits, int) or bits not in BITS: raise ValueError(f"bits={bits!r} is not supported: use {BITS[0]} to {BITS[-1]}")
+    if not isinstance(group_size, int) or group_size < 0: raise ValueError(f"group_size={group_size!r} is not supported: use a positive number, or 0 for a whole row")
 
 def pack_bits(
     codes:torch.Tensor, # (R, C) integers from 0 to 2^bits - 1
@@ -116,7 +117,8 @@ def fit_grid(
     smallest:float=.35, # The least ratio
 ) -> tuple[torch.Tensor, torch.Tensor]: # scale (R, G) 16-bit float, zero (R, G) uint8
     "The grid of each group, by clipping search."
-    check_bits(bits)
+    check_bits(bits, group_size)
+    if not torch.isfinite(w).all(): raise ValueError("a weight matrix holds NaN or infinite values: nothing can be rounded to them")
     g = groups(w.float(), group_size or w.shape[1])
     h = None if importance is None else groups(importance.float()[None], group_size or w.shape[1])
     low, high = g.amin(-1).clamp(max=0), g.amax(-1).clamp(min=0)
