@@ -39,7 +39,7 @@ def test_ctrl_c_then_the_same_command_ends_with_the_same_file(tiny, tmp_path):
     while time.time() < limit and process.poll() is None and not [*resume.glob("*.safetensors")]: time.sleep(.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command continues" in err and "Traceback" not in err, err
+    assert process.returncode == 130 and "the same command continues" in err and "stopped" in err and "Traceback" not in err, err
     assert [*resume.glob("*.safetensors")] and not (tmp_path/"m").exists()
     assert run(*args).returncode == 0
     straight = run(*args[:-1], tmp_path/"n")
@@ -63,7 +63,10 @@ MISTAKES = {
     "no model folder": (lambda t, p: ("measure", p), "config.json is missing"),
     "empty calibration": (lambda t, p: ((p/"empty.txt").write_text("") or ("compress", t, "--calibration", p/"empty.txt", "--on", "python-stdlib", "--max-tokens", 500, "--out", p/"m")), "is empty"),
     "missing calibration": (lambda t, p: ("compress", t, "--calibration", "no-such-corpus", "--on", "python-stdlib", "--max-tokens", 500, "--out", p/"m"), "Tried: the path"),
-    "out is something else": (lambda t, p: ("compress", t, "--out", t), "compresslab did not write it"),
+    "out is something else": (lambda t, p: ((p/"theirs").mkdir() or (p/"theirs"/"notes").write_text("x") and ("compress", t, "--out", p/"theirs")), "compresslab did not write it"),
+    "out is the model": (lambda t, p: ("compress", t, "--out", t), "is the model itself"),
+    "measured text was seen": (lambda t, p: ("compress", t, "--calibration", "python-stdlib:valid", "--on", "python-stdlib:valid", "--out", p/"m"), "choose another with --on"),
+    "bad group size": (lambda t, p: ("compress", t, "--group-size", "-1"), "group_size=-1 is not supported"),
     "unknown report": (lambda t, p: ("report", "quantt"), "did you mean 'quant'?"),
     "unknown parameter": (lambda t, p: ("report", "quant", "-p", "width=3"), "did you mean 'widths'?"),
 }
@@ -78,6 +81,19 @@ def test_a_mistake_gets_one_line(mistake, tiny, tmp_path, monkeypatch, capfd):
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert end.value.code == 1 and len(lines) == 1 and says in lines[0], err
     assert "Traceback" not in out + err
+
+
+def test_a_full_disk_while_saving_keeps_the_finished_layers(tiny, tmp_path, monkeypatch, capfd):
+    import compresslab as cl
+    def full(*args, **kwargs): raise OSError(28, "No space left on device")
+    argv = ["compresslab", "compress", str(tiny), "--samples", "8", "--max-tokens", "500", "--out", str(tmp_path/"m")]
+    with monkeypatch.context() as patch:
+        patch.setattr(cl, "save", full); patch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit): main()
+    assert "error: " in capfd.readouterr().err and len([*(tmp_path/"m.resume").glob("*.safetensors")]) == 3
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as end: main()
+    assert end.value.code == 0 and (tmp_path/"m"/"model.safetensors").exists() and not (tmp_path/"m.resume").exists()
 
 
 def test_debug_shows_the_trace(): assert "Traceback" in run("compress", "no/such/model", "--debug").stderr
