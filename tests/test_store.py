@@ -50,7 +50,8 @@ def test_generation_after_load_with_padding(pylm, tmp_path):
     batch = tokenizer(["import os\n", "def factorial(n):\n    if n =="], return_tensors="pt", padding=True)
     a, b = (m.generate(**batch, max_new_tokens=12, do_sample=False) for m in (model, again))
     assert torch.equal(a, b) and a.shape[1] == batch["input_ids"].shape[1] + 12
-    exact = again.float()                                   # in float32 padding must not matter at all
+    exact = cl.load(tmp_path/"m", dtype=torch.float32)      # in float32 padding must not matter at all
+    assert exact.dtype == torch.float32 and exact.model.layers[0].mlp.up_proj.weight.scale.dtype == torch.float16
     together = exact(**batch).logits[0, -1]
     alone = exact(**tokenizer("import os\n", return_tensors="pt")).logits[0, -1]
     assert (batch["attention_mask"][0] == 0).any() and torch.allclose(together, alone, atol=1e-3)
