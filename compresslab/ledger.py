@@ -209,11 +209,11 @@ _COLUMNS = dict(name=("model", str), stored_bytes=("bytes", "{:,}".format), byte
                 prefill=("prefill tok/s", "{:,.0f}".format), decode=("decode tok/s", "{:,.0f}".format), peak_memory=("memory MB", lambda b: f"{b/1e6:,.0f}"), seconds=("seconds", "{:.0f}".format))
 
 def _cells(self):
-    "The table as strings: a header and a row each; columns that no row has are left out."
+    "The table as strings: a header and a row each; columns that no row has are left out, and so are the ratios of a single row."
     import math
     has = lambda v: v is not None and not (isinstance(v, float) and math.isnan(v))
     dicts = self.to_dicts()
-    used = {k: c for k, c in _COLUMNS.items() if any(has(d[k]) for d in dicts)}
+    used = {k: c for k, c in _COLUMNS.items() if any(has(d[k]) for d in dicts) and (len(dicts) > 1 or "ratio" not in k)}
     return [[c[0] for c in used.values()]] + [[c[1](d[k]) if has(d[k]) else "-" for k, c in used.items()] for d in dicts]
 
 def __str__(self):
