@@ -208,6 +208,7 @@ def _loop(accelerator, model, opts, batches, history, settings, per_step, loss, 
             if stop: raise KeyboardInterrupt
             if time.time() - saved > save_minutes*60: save(); saved = time.time()
         save()
+        if stop: raise KeyboardInterrupt    # it came while the last checkpoint was written
     except KeyboardInterrupt:
         if total is None: save()                # between steps; a step that was cut in the middle is not worth keeping
         raise

@@ -77,8 +77,9 @@ def rtn(
     check_bits(bits, group_size); warn_left(model)
     for name, names in tqdm(targets(model, include, exclude, embeddings).items(), desc=f"rtn {bits} bits", disable=not progress):
         w = matrix(model.get_submodule(name))
-        scale, zero = fit_grid(w, bits, group_size, symmetric, search)
-        pack_shared(model, names, PackedWeight.from_codes(quantize(w, scale, zero, bits, group_size or w.shape[1]), scale, zero, bits, group_size or w.shape[1], symmetric))
+        g = group_size or w.shape[1]
+        scale, zero = fit_grid(w, bits, g, symmetric, search)
+        pack_shared(model, names, PackedWeight.from_codes(quantize(w, scale, zero, bits, g), scale, zero, bits, g, symmetric))
     return model
 
 # %% ../../nbs/quant/12_ptq.ipynb #1fde5aa5
@@ -94,16 +95,14 @@ def gptq_matrix(
     block:int=128, # Columns whose errors are applied to the rest at once; changes the speed only
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # codes (R, C) uint8, scale (R, G), zero (R, G)
     "Quantize a matrix so that its outputs, not its weights, change least."
-    check_bits(bits)
     group_size = group_size or w.shape[1]
-    w, h = w.detach().float().clone(), hessian.double().clone()
+    whole, h = w.detach().float(), hessian.double().clone()
     diagonal = h.diagonal().clone()
-    scale, zero = fit_grid(w, bits, group_size, symmetric, search, importance=diagonal.float() if diagonal.max() > 0 else None)
+    scale, zero = fit_grid(whole, bits, group_size, symmetric, search, importance=diagonal.float() if diagonal.max() > 0 else None)
     order = torch.argsort(diagonal, descending=True)
     h = _damped(h, damp)
-    u = _upper(h[order][:, order]).to(w.dtype)
-    whole = w
-    w, group = w[:, order], (order//group_size)
+    u = _upper(h[order][:, order]).to(whole.dtype)
+    w, group = whole[:, order], order//group_size
     codes = torch.empty_like(w, dtype=torch.uint8)
     for start in range(0, w.shape[1], block):
         stop = min(start + block, w.shape[1])
@@ -145,10 +144,10 @@ def descend(
             s, z, block, near = scale[:, g].float(), zero[:, g].float(), h[cols, cols], p[:, cols].clone()
             before = (q[:, cols] - z[:, None])*s[:, None]
             for j in range(block.shape[0]):
-                now = q[:, cols][:, j]
+                now = q[:, cols.start + j]
                 best = (torch.round(now - z + near[:, j]/block[j, j]/s) + z).clamp_(0, 2**bits - 1)
                 near -= ((best - now)*s)[:, None]*block[j]
-                q[:, g*group_size + j] = best
+                q[:, cols.start + j] = best
             a = q[:, cols] - z[:, None]
             slope, curve = (a*near).sum(1), ((a @ block)*a).sum(1)
             new = torch.where(curve > 0, s + slope/curve, s).to(scale.dtype)
