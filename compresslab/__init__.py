@@ -2,5 +2,11 @@
 __version__ = "0.1.0"
 
 from compresslab.ledger import Ledger, Row, held_out, measure
+from compresslab.quant.experts import quantize_experts
+from compresslab.quant.kv import QuantizedKVCache
+from compresslab.quant.mixed import mixed_precision, sensitivity
 from compresslab.quant.ptq import gptq, rtn
-from compresslab.store import load, save
+from compresslab.quant.qat import calibrate, convert, prepare_qat
+from compresslab.quant.rounding import hqq, learn_rounding
+from compresslab.quant.scaling import awq, smoothquant
+from compresslab.store import export, load, save

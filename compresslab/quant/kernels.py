@@ -300,6 +300,7 @@ def multiply(
 ) -> torch.Tensor: # (M, R) float32
     "x W^T for a packed W. A token's result does not depend on the tokens beside it, to the last bit."
     (tiles, n, blocks, bits, _), tokens = packed.shape, len(x)
+    if tokens == 0: return torch.empty(0, rows)
     x, short = x.float(), n*blocks*COLUMNS - x.shape[1]
     x = F.pad(x, (0, short)) if short else x.contiguous()
     bundle = 1 if tokens == 1 else 4 if tokens <= 4 else 8

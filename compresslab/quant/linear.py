@@ -133,10 +133,11 @@ class _Packed(nn.Module):
 @replacement
 class PackedLinear(_Packed):
     "y = x W^T + b with a packed W (out, in). x: (..., in) -> (..., out)."
-    def __init__(self, weight, bias=None, activations:str="float"):
+    def __init__(self, weight, bias=None, activations:str="float", input_scale=None):
         super().__init__(weight)
         check_activations(activations); self.activations = activations
         self.register_parameter("bias", bias)
+        self.register_buffer("input_scale", input_scale)
 
     in_features = property(lambda self: self.weight.shape[1])
     out_features = property(lambda self: self.weight.shape[0])
@@ -148,6 +149,8 @@ class PackedLinear(_Packed):
     def forward(self, x):
         w = self.weight
         if x.shape[-1] != w.shape[1]: raise ValueError(f"the input has {x.shape[-1]} features, the layer takes {w.shape[1]}")
+        if self.input_scale is not None:
+            s = self.input_scale.to(x.dtype); x = (x/s).clamp(-127, 127).round()*s
         if torch.is_grad_enabled() and x.requires_grad:
             if not w.kernel.by_rows: w.use(Stored)
             y = Stored.multiply(w, x, self.activations)
@@ -156,10 +159,11 @@ class PackedLinear(_Packed):
             y = w.kernel.multiply(w, x, self.activations)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def manifest(self): return dict(super().manifest(), activations=self.activations)
+    def manifest(self): return dict(super().manifest(), activations=self.activations, input_scale=self.input_scale is not None)
 
     @classmethod
-    def from_manifest(cls, entry, old): return cls(cls.read(entry, old), old.bias, entry.get("activations", "float"))
+    def from_manifest(cls, entry, old):
+        return cls(cls.read(entry, old), old.bias, entry.get("activations", "float"), torch.empty(()) if entry.get("input_scale") else None)
 
 # %% ../../nbs/quant/11_linear.ipynb #bdbbb1df
 @replacement

@@ -101,7 +101,7 @@ def warn_left(model):
     "Say what stays in float although it holds much of the model: 3-D expert weights are not linear layers."
     whole = params(model)
     left = sum(p.numel() for p in model.parameters() if p.ndim > 2)
-    if left > .01*whole: warnings.warn(f"{left/whole:.0%} of {type(model).__name__}'s parameters are 3-D (experts, convolutions) and stay in float")
+    if left > .01*whole: warnings.warn(f"{left/whole:.0%} of {type(model).__name__}'s parameters are 3-D (experts, convolutions) and stay in float; quantize_experts packs experts")
 
 def pack_shared(model, names, weight, activations="float"):
     "Replace every module that shares one weight by a packed layer on one `PackedWeight`."
