@@ -104,7 +104,7 @@ def learn_rounding(
     symmetric:bool=False, # Grids around zero, without zero points
     activations:str="float", # "int8": the packed layers may round their inputs too, and learn with rounded inputs
     steps:int=200, # Of Adam, for each layer of the model
-    lr:float=.02, # Its rate at the start, in grid steps
+    lr:float=.005, # Its rate at the start, in grid steps
     batch:int=8, # Calibration samples a step
     embeddings:bool=False, # Embeddings and output head too, by GPTQ
     damp:float=.01, # As in `gptq`, which makes the start
