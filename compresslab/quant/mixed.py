@@ -177,7 +177,7 @@ def knapsack(
         at, j = divmod(keep[at], len(s)); choice.append(int(j))
     return choice[::-1]
 
-# %% ../../nbs/quant/18_mixed.ipynb #b0cab912
+# %% ../../nbs/quant/18_mixed.ipynb #7614b381
 def choose_widths(
     measured:Sensitivity,
     budget_bytes:int|None=None, # Of the whole stored model, or:
@@ -201,7 +201,7 @@ def packed_widths(model) -> dict[str, int]: # Bits by module
     "The widths of a quantized model's packed modules."
     return {n: e["bits"] for n, e in manifest_modules(model).items() if "bits" in e}
 
-# %% ../../nbs/quant/18_mixed.ipynb #8354e320
+# %% ../../nbs/quant/18_mixed.ipynb #14b9e9b1
 def mixed_precision(
     model, # A transformers model; changed in place
     calibration, # As for `gptq`
@@ -221,7 +221,7 @@ def mixed_precision(
     options |= dict(measured.options, bits=bits, progress=progress)
     return rtn(model, **options) if method is rtn else gptq(model, calibration, tokenizer=tokenizer, seed=seed, **options)
 
-# %% ../../nbs/quant/18_mixed.ipynb #1f1214c4
+# %% ../../nbs/quant/18_mixed.ipynb #c276b40e
 def plot(self, axes=None):
     "A heat map for each width: kinds of modules by layers, coloured by their cost."
     import matplotlib.pyplot as plt
