@@ -172,7 +172,7 @@ class PackedLinear(_Packed):
             if not w.kernel.by_rows: w.use(Stored)
             y = Stored.multiply(w, x, self.activations)
         else:
-            self.prepare()
+            if w.kernel is Stored or not w.kernel.fits(w, self.activations): self.prepare()
             y = w.kernel.multiply(w, x, self.activations)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
