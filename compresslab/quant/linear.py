@@ -49,6 +49,8 @@ class _Ordered(nn.Module):
                 self._buffers[name] = None if not found else found[0] if len(found) == 1 else torch.cat(found)
         self.kernel = kernel
         for b in before: _release(b)
+        del before, parts, found
+        if sys.platform == "linux" and self.shape.numel() >= 2**21 and hasattr(ctypes.CDLL(None), "malloc_trim"): ctypes.CDLL(None).malloc_trim(0)   # what the parts took goes back to the system
         return self
 
     def stored(self) -> dict:
