@@ -122,7 +122,7 @@ class ComplexGrid:
 
 def _round(r, scale, top): return (r/scale.to(r.dtype)).round_().clamp_(-top, top)
 
-# %% ../../nbs/quant/14_complex.ipynb #587013c0
+# %% ../../nbs/quant/14_complex.ipynb #e190adc1
 def complex_bytes(
     shape, # Of the complex tensor
     grid:ComplexGrid,
@@ -168,7 +168,7 @@ def quantize(
     codes = _round(parts(x.detach()), grid.spread(scale, x), grid.top) + 2**(grid.bits - 1)
     return PackedComplex(pack_bits(codes.reshape(1, -1), grid.bits)[0], scale, grid, x.shape)
 
-# %% ../../nbs/quant/14_complex.ipynb #7b8715c0
+# %% ../../nbs/quant/14_complex.ipynb #d30599f7
 class ComplexObserver:
     "Scales for tensors that arrive in batches."
     TAIL = 128
@@ -195,7 +195,7 @@ class ComplexObserver:
         stands_for = (self.seen - self.tail.shape[1])/below.sum(1, keepdim=True).clamp(min=1)
         return self.grid.choose(torch.cat((self.sample, self.tail), 1), high, clip, torch.cat((below*stands_for, torch.ones_like(self.tail)), 1))
 
-# %% ../../nbs/quant/14_complex.ipynb #0471d6f6
+# %% ../../nbs/quant/14_complex.ipynb #8a9b2963
 class FakeQuantizeComplex(nn.Module):
     "Round a complex tensor to a calibrated grid. x: (...) complex -> the same shape and dtype."
     def __init__(self,
@@ -235,7 +235,7 @@ def calibrating(
         for m in found.values(): m.observer = None
     for m, s in scales.items(): m.scale.copy_(s)
 
-# %% ../../nbs/quant/14_complex.ipynb #63348b0e
+# %% ../../nbs/quant/14_complex.ipynb #beb60b10
 @replacement
 class PackedComplexLinear(nn.Module):
     "y = x W^T + b with a packed complex W (out, in). x: (..., in) complex -> (..., out)."

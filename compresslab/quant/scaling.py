@@ -168,15 +168,15 @@ def observe(
     hessian:bool=True, # Collect Hessians too
 ) -> dict[str, Channels]: # By name; layers that no sample reaches are missing
     "What flows into linear layers, all samples, in one pass."
-    seen, now = {}, 0
+    seen, sample = {}, 0
     def hook(name):
         def pre(m, args):
-            x = args[0] if masks[now] is None or masks[now].shape != args[0].shape[:-1] else args[0][masks[now].bool().to(args[0].device)]
+            x = args[0] if masks[sample] is None or masks[sample].shape != args[0].shape[:-1] else args[0][masks[sample].bool().to(args[0].device)]
             seen.setdefault(name, Channels(x.shape[-1], x.device, hessian)).add(x)
         return pre
     handles = [m.register_forward_pre_hook(hook(n)) for n, m in modules.items()]
     try:
-        for now in range(len(masks)): visit.run(now)
+        for sample in range(len(masks)): visit.run(sample)
     finally:
         for h in handles: h.remove()
     return seen
