@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [["data", "surgery", "train", "store", "ledger"],
+FLOORS = [["data", "surgery", "train", "store", "ledger", "calibration", "allocation"],
           ["quant", "pruning", "lowrank", "distillation", "gist", "recursive", "pai", "resnetbk"],
           ["recipe", "budget", "playbook"],
           ["report", "sweep", "cli"]]

@@ -7,7 +7,8 @@ import torch
 
 import compresslab as cl
 from compresslab.data import documents, pack
-from compresslab.quant.ptq import calibration_inputs, gptq, rtn, targets
+from compresslab.calibration import calibration_inputs, targets
+from compresslab.quant.ptq import gptq, rtn
 from compresslab.quant.scaling import awq, fold, layer_folds, scale_channels, smoothquant
 from compresslab.store import find_tokenizer
 from compresslab.surgery import walk

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from .grid import check_bits, fit_grid, quantize
 from .linear import PackedLinear, PackedWeight, pack_module
-from .ptq import Hessian, aim, calibration_inputs, gptq_matrix, token_masks
+from ..calibration import Hessian, aim, calibration_inputs, token_masks
+from .ptq import gptq_matrix
 from ..store import replacement, swap
 from ..surgery import find, matrix, model_inputs, selected, stacks, walk
 

@@ -9,18 +9,18 @@ __all__ = ['center_and_levels', 'straight_through', 'fake_quantize', 'QATLinear'
            'prepare_qat', 'calibrate', 'convert', 'distil']
 
 # %% ../../nbs/quant/13_qat.ipynb #5442c3ff
-import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from .grid import BITS, fit_grid, groups, round_scale
+from .grid import fit_grid, groups, round_scale
 from .kernels import rounded
 from .linear import PackedLinear, PackedWeight
-from .ptq import check, targets, width_of
+from ..calibration import targets
+from .ptq import check, width_of
 from ..store import swap
 from ..surgery import matrix, model_inputs, replace
 
@@ -55,12 +55,13 @@ def fake_quantize(
 # %% ../../nbs/quant/13_qat.ipynb #b72f788f
 class QATLinear(nn.Module):
     "A linear layer that multiplies by rounded weights and trains the float ones. x: (..., in) -> (..., out)."
-    def __init__(self, weight, scale, zero, bits:int, group_size:int, center=None, levels=None, bias=None, activations:str="float"):
+    def __init__(self, weight, scale, zero, bits:int, group_size:int, center=None, levels=None, bias=None, activations:str="float", zeros=None):
         super().__init__()
         self.bits, self.group_size, self.center, self.levels, self.activations = bits, group_size, center, levels or 2**bits, activations
         self.dtype, self.bias = scale.dtype, None if bias is None else nn.Parameter(bias.detach().clone())
         self.weight, self.step = nn.Parameter(weight), nn.Parameter(torch.ones_like(scale, dtype=torch.float32))
         self.register_buffer("start", scale.float()); self.register_buffer("zero", zero.float())
+        self.register_buffer("kept", None if zeros is None or not zeros.any() else ~zeros)           # a pruned weight stays zero
         self.register_parameter("input_scale", None)
 
     @classmethod
@@ -70,15 +71,16 @@ class QATLinear(nn.Module):
         g, (center, levels) = group_size or w.shape[1], center_and_levels(grid, bits)
         scale, zero = fit_grid(w, bits, g, center is not None, search)
         if grid in ("balanced", "ternary"): scale = round_scale(_fit_scale(w, center, levels, g))
-        return cls(w, scale, zero if center is None else torch.full_like(scale, center, dtype=torch.float32), bits, g, center, levels, module.bias, activations)
+        if grid == "balanced" and (w == 0).float().mean() > .05: raise ValueError("the balanced grid has no zero, so pruned weights would not stay pruned: use grid='symmetric'")
+        return cls(w, scale, zero if center is None else torch.full_like(scale, center, dtype=torch.float32), bits, g, center, levels, module.bias, activations, None if grid == "balanced" else w == 0)
 
     @classmethod
-    def from_packed(cls, packed, w, bias=None, activations:str="float"):
-        "Start from a packed weight's codes; `w` (R, C) says where within its interval each weight lies."
+    def from_packed(cls, packed, w, bias=None, activations:str="float", zeros=None):
+        "Start from a packed weight's codes; `w` (R, C) says where within its interval each weight lies, `zeros` which ones stay zero."
         scale, zero, codes = packed.scales(), packed.zeros().float(), packed.codes().float()
         s, z = (t.float().repeat_interleave(packed.group_size, 1)[:, :w.shape[1]] for t in (scale, zero))
         inside = ((w.detach().float()/s + z).clamp(codes - .49, codes + .49) - z)*s
-        return cls(inside, scale, zero, packed.bits, packed.group_size, packed.center, packed.levels, bias, activations)
+        return cls(inside, scale, zero, packed.bits, packed.group_size, packed.center, packed.levels, bias, activations, zeros)
 
     def pack(self) -> PackedWeight:
         "The same grid points, packed."
@@ -90,7 +92,9 @@ class QATLinear(nn.Module):
         s = self.start*straight_through(self.step*share, self.step).abs().clamp(min=1e-3)
         return straight_through(s, s.to(self.dtype).float())
 
-    def rounded_weight(self): return fake_quantize(self.weight, self.scale(), self.zero, self.levels, self.group_size)
+    def rounded_weight(self):
+        w = fake_quantize(self.weight, self.scale(), self.zero, self.levels, self.group_size)
+        return w if self.kept is None else w*self.kept
 
     def forward(self, x):
         if self.activations == "int8": x = rounded(x, self.group_size)
@@ -100,7 +104,8 @@ class QATLinear(nn.Module):
 
     def codes(self) -> torch.Tensor: # (R, C) uint8
         s, z = (t.repeat_interleave(self.group_size, 1)[:, :self.weight.shape[1]] for t in (self.scale(), self.zero))
-        return (self.weight/s + z).clamp(0, self.levels - 1).round().to(torch.uint8)
+        q = (self.weight/s + z).clamp(0, self.levels - 1).round()
+        return (q if self.kept is None else torch.where(self.kept, q, z)).to(torch.uint8)
 
 def _fit_scale(w, center, levels, group_size):
     "The scale of least squared error for a grid with a fixed zero point, among shares of the largest weight."
@@ -180,7 +185,8 @@ def _unpack_for_training(model, original, activations):
     "Layers that start from packed codes."
     if original is None: raise ValueError("the model is packed already: pass original=, the float model that it came from")
     for name, packed in [(n, m) for n, m in model.named_modules() if isinstance(m, PackedLinear)]:
-        layer = QATLinear.from_packed(packed.weight, matrix(original.get_submodule(name)), packed.bias, activations)
+        w = matrix(original.get_submodule(name))
+        layer = QATLinear.from_packed(packed.weight, w, packed.bias, activations, w == 0)
         replace(model, name, layer)
     return model.train()
 
@@ -227,7 +233,7 @@ def convert(
         for n in names: swap(model, n, PackedLinear(weight, m.bias, "int8" if m.activations == "int8" else "float", None if m.input_scale is None else m.input_scale.detach().abs().clone()))
     return model.eval()
 
-# %% ../../nbs/quant/13_qat.ipynb #ee8e4d2e
+# %% ../../nbs/quant/13_qat.ipynb #8870fd3b
 def distil(
     teacher, # The float model; put into evaluation mode
 ): # loss(model, batch), as `train.fit` wants it

@@ -9,12 +9,12 @@ __all__ = ['shrink', 'half_quadratic', 'hqq', 'learn_rounding']
 
 # %% ../../nbs/quant/17_rounding.ipynb #045d513e
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .grid import dequantize, ends_grid, fit_grid, groups, quantize, round_scale
+from .grid import ends_grid, groups, quantize, round_scale
 from .linear import PackedWeight
-from .ptq import _quantize_ends, _Settings, aim, calibration_inputs, check, input_groups, layer_hessian, pack_shared, targets, token_masks, width_of
+from ..calibration import aim, calibration_inputs, input_groups, layer_hessian, targets, token_masks
+from .ptq import _quantize_ends, _Settings, check, pack_shared, width_of
 from .qat import QATLinear
 from ..surgery import matrix, replace, walk
 
@@ -128,7 +128,7 @@ def learn_rounding(
                 hessian = layer_hessian(visit.run, model.get_submodule(group[0]), len(inputs), (visit.original.run, visit.original.layer.get_submodule(inside)), masks)
                 for n in group:
                     w = matrix(names[n])
-                    layers[n] = QATLinear.from_packed(settings.quantize(n, w, hessian), aim(w, hessian, damp), names[n].bias, activations)
+                    layers[n] = QATLinear.from_packed(settings.quantize(n, w, hessian), aim(w, hessian, damp), names[n].bias, activations, w == 0)
                     for other in found[n]: replace(model, other, layers[n])
             goals = [visit.original.run(s) for s in range(len(inputs))]
         if layers and steps:

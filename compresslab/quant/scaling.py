@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from .grid import dequantize, fit_grid, quantize
-from .ptq import Hessian, calibration_inputs, check, input_groups, rtn, targets, token_masks, width_of
+from ..calibration import Hessian, calibration_inputs, input_groups, targets, token_masks
+from .ptq import check, rtn, width_of
 from ..surgery import LINEAR, Stop, find, matrix, tied, walk
 
 # %% ../../nbs/quant/16_scaling.ipynb #cb795311
