@@ -2,6 +2,11 @@
 __version__ = "0.1.0"
 
 from compresslab.ledger import Ledger, Row, held_out, measure
+from compresslab.pruning.calibrated import choose_sparsity, pruning_sensitivity, sparsegpt, wanda
+from compresslab.pruning.experts import ProgressivePruningScheduler, prune_experts, track_usage
+from compresslab.pruning.magnitude import MagnitudePruner
+from compresslab.pruning.schedule import GradualPruning, IterativePruning, KeepZeros
+from compresslab.pruning.structured import apply_compression_ratio, drop_layers, prune_channels, prune_heads, prune_hidden
 from compresslab.quant.experts import quantize_experts
 from compresslab.quant.kv import QuantizedKVCache
 from compresslab.quant.mixed import mixed_precision, sensitivity

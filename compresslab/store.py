@@ -27,6 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .coding import decode, decode_symbols, encode, encode_symbols
 from .data import ask_hub, local_path, not_found
 from .surgery import replace, tied
 
@@ -53,7 +54,7 @@ class CompresslabQuantizer(HfQuantizer):
     def get_new_dtype(self, converter, param, dtype):
         "Tensors keep the dtype they were saved with, unless `from_pretrained` was asked for another; packed ones always do."
         names = getattr(converter, "source_patterns", None) or [getattr(converter, "_original_target_patterns", "")]
-        packed = any(n.startswith(self.packed) for n in names if self.packed)
+        packed = any(n.startswith(self.packed) or n in self.encoded for n in names)
         return None if packed or str(dtype).removeprefix("torch.") == self.saved["dtype"] else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
@@ -68,12 +69,17 @@ class CompresslabQuantizer(HfQuantizer):
             except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"compresslab.json is damaged at '{name}': {e!r}") from None
         model.all_tied_weights_keys = {a: b for a, b in model.all_tied_weights_keys.items()
                                        if not {a.rpartition(".")[0], b.rpartition(".")[0]} & self.modules.keys()}
+        self.encoded, self.dtype = self.saved.get("encoded", {}), model.dtype
+        for name, size in self.encoded.items(): _make_room(model, name, size)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        for name in sorted(self.encoded, key=lambda n: n.endswith(".packed")):   # a weight's codes are relative to its zero points
+            _decode(model, name, None if str(self.dtype).removeprefix("torch.") == self.saved["dtype"] else self.dtype)
         join(model, self.modules)
         cast_buffers(model, self.saved)
         for m in model.modules():
             if hasattr(m, "prepare"): m.prepare()                    # packed weights go into the order of their kernel, once
+        if not self.modules: self.remove_quantization_config(model)
         return model
 
 AUTO_QUANTIZATION_CONFIG_MAPPING["compresslab"] = CompresslabConfig
@@ -83,6 +89,33 @@ AUTO_QUANTIZER_MAPPING["compresslab"] = CompresslabQuantizer
 def _class(entry):
     if entry.get("type") not in REPLACEMENTS: raise ValueError(f"compresslab.json names the module type '{entry.get('type')}', which this version does not know")
     return REPLACEMENTS[entry["type"]]
+
+def _slot(model, name) -> tuple[nn.Module, dict, str]: # The module, its parameters or buffers, the key
+    owner, _, key = name.rpartition(".")
+    try: module = model.get_submodule(owner)
+    except AttributeError: raise ValueError(f"compresslab.json names the tensor '{name}', which {type(model).__name__} does not have") from None
+    return module, module._parameters if key in module._parameters else module._buffers, key
+
+def _make_room(model, name, size):
+    "A row of bytes where a tensor will be."
+    module, slots, key = _slot(model, name)
+    room = torch.empty(size, dtype=torch.uint8, device="meta")
+    slots[key] = nn.Parameter(room, requires_grad=False) if slots is module._parameters else room
+
+def _decode(model, name, dtype):
+    "The tensor that a row of bytes stands for, wherever that row is registered."
+    module, slots, key = _slot(model, name)
+    blob, device = slots[key], slots[key].device
+    data = blob.detach().cpu().numpy().tobytes()
+    try: new = (module.from_symbols(decode_symbols(data)) if _holds_codes(module, key) else decode(data)).to(device)
+    except ValueError as e: raise ValueError(f"{name}: {e}") from None
+    if slots is module._buffers: slots[key] = new; return
+    new = nn.Parameter(new.to(dtype) if dtype and new.is_floating_point() else new, requires_grad=new.is_floating_point())
+    for m in model.modules():
+        for k, p in m._parameters.items():
+            if p is blob: m._parameters[k] = new
+
+def _holds_codes(module, key): return key == "packed" and hasattr(module, "from_symbols")
 
 def join(model, modules):
     "Give modules that share a weight the same weight again."
@@ -132,6 +165,7 @@ def stored_bytes(folder) -> int: # Of the weight files, headers included; the to
 # %% ../nbs/04_store.ipynb #6d18ff4a
 def check_replaceable(folder:Path):
     "Raise if a folder holds something that compresslab did not write."
+    if folder.is_file(): raise FileExistsError(f"{folder} is a file: choose a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder/"compresslab.json").exists():
         raise FileExistsError(f"{folder} exists and compresslab did not write it: choose another folder")
 
@@ -184,7 +218,19 @@ def cast_buffers(model, manifest):
         module = model.get_submodule(owner)
         module._buffers[key] = module._buffers[key].to(getattr(torch, dtype))
 
-# %% ../nbs/04_store.ipynb #02f49693
+# %% ../nbs/04_store.ipynb #e806fe16
+def _encode(model, tensors:dict, entropy:bool) -> dict: # Name -> bytes in the file, of those that took another layout
+    "Put a row of bytes in the place of every tensor that is smaller so."
+    encoded = {}
+    for name, t in tensors.items():
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        blob = encode_symbols(module.symbols(), module.levels, t.nbytes, entropy) if _holds_codes(module, key) else encode(t, entropy)
+        if blob is None: continue
+        tensors[name], encoded[name] = torch.frombuffer(bytearray(blob), dtype=torch.uint8), len(blob)
+    return encoded
+
+# %% ../nbs/04_store.ipynb #f4ffb8d8
 def find_tokenizer(name_or_path:str, local:bool=False):
     "The tokenizer of a model folder or Hub name; None where there is none."
     path = local_path(name_or_path)
@@ -207,19 +253,22 @@ def save(
     model, # A transformers model, compressed or not
     folder:str|Path, # Made, or replaced if compresslab wrote it
     tokenizer=None, # By default the one that the model's own folder has
+    entropy:bool=False, # Code all tensors by their statistics too: smaller, slower to load, as exact
     max_shard_size:str="5GB",
 ) -> Path: # The folder
-    "Write a model that `load` and `from_pretrained` rebuild bit for bit."
+    "Write a model that `load` and `from_pretrained` rebuild bit for bit, zeros in a sparse layout."
     folder = Path(folder)
     modules = manifest_modules(model)
+    tensors = _tensors(model, modules, model.all_tied_weights_keys)
+    encoded = _encode(model, tensors, entropy)
     config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     config["dtype"] = str(model.dtype).removeprefix("torch.")   # of what is not packed; transformers would otherwise guess it from a packed tensor
-    if modules: config["quantization_config"] = CompresslabConfig().to_dict()
+    if modules or encoded: config["quantization_config"] = CompresslabConfig().to_dict()
     with beside(folder) as new:
-        _write(new, model, _tensors(model, modules, model.all_tied_weights_keys), config, tokenizer, max_shard_size, modules=modules, buffers=_cast_buffers(model))
+        _write(new, model, tensors, config, tokenizer, max_shard_size, modules=modules, encoded=encoded, buffers=_cast_buffers(model))
     return folder
 
-# %% ../nbs/04_store.ipynb #f4ffb8d8
+# %% ../nbs/04_store.ipynb #c15e290c
 def read_manifest(
     name_or_path:str, # A folder, or a Hub name
 ) -> dict: # `format`, `modules`, `files`
@@ -229,7 +278,7 @@ def read_manifest(
     try:
         out = json.loads(Path(file).read_text())
         version, files = int(out["format"]), {n: (int(f["bytes"]), str(f["sha256"])) for n, f in out["files"].items()}
-        [entry["type"] for entry in out["modules"].values()]
+        [entry["type"] for entry in out["modules"].values()], [0 + size for size in out.get("encoded", {}).values()]
         if not files: raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"{file} is damaged: it is not the list that compresslab writes") from None
     if version > FORMAT: raise ValueError(f"{file} has format {version}; this compresslab reads up to {FORMAT}: upgrade it")
@@ -241,7 +290,7 @@ def read_manifest(
         if sha256(path) != digest: raise ValueError(f"{path} was changed after it was written: its SHA-256 differs")
     return out
 
-# %% ../nbs/04_store.ipynb #0ce50f98
+# %% ../nbs/04_store.ipynb #42df3268
 def model_path(
     name:str|Path, # A folder, a name under the data root, or a Hub name
 ) -> str: # What transformers can load
@@ -276,7 +325,7 @@ def load(
     cast_buffers(model, saved)
     return model.to(device) if device else model
 
-# %% ../nbs/04_store.ipynb #813ad2d4
+# %% ../nbs/04_store.ipynb #b711d14e
 def pack_words(
     codes:torch.Tensor, # (R, C) integers from 0 to 2^bits - 1
     bits:int, # 4 or 8
@@ -286,7 +335,7 @@ def pack_words(
     runs = F.pad(codes.to(torch.int32), (0, -codes.shape[1] % n)).unflatten(1, (-1, n))
     return (runs << bits*torch.arange(n, dtype=torch.int32, device=codes.device)).sum(-1, dtype=torch.int32)
 
-# %% ../nbs/04_store.ipynb #b711d14e
+# %% ../nbs/04_store.ipynb #895bfacb
 def _scheme(
     weight,
     sizes, # Group sizes of the rows with several groups; a row that is one group of such a size is of their kind
@@ -312,7 +361,7 @@ def _misfit(
     z = w.zeros().float()
     return ("its zero points are not all codes of its grid" if ((z < 0) | (z >= 2**w.bits) | (z != z.round())).any() else ""), True
 
-# %% ../nbs/04_store.ipynb #140892ac
+# %% ../nbs/04_store.ipynb #9413543f
 def _bare(model):
     "The same architecture without weights and without replacements."
     config = copy.deepcopy(model.config)
@@ -336,7 +385,7 @@ def _plan(model, plain, unpack:bool) -> dict: # Name of a replaced module -> its
     sizes = {w.group_size for w in weights if w.shape[1] > w.group_size}
     return {n: w if w is None else _scheme(w, sizes) for n, w in plan.items()}
 
-# %% ../nbs/04_store.ipynb #895bfacb
+# %% ../nbs/04_store.ipynb #c275aaee
 def _quantization_config(plan:dict, plain) -> dict:
     "The `quantization_config` of config.json for a plan."
     groups = {}
@@ -352,7 +401,7 @@ def _quantization_config(plan:dict, plain) -> dict:
                 config_groups={f"group_{i}": dict(targets=["Linear"] if len(schemes) == 1 else names, weights=scheme, input_activations=None, output_activations=None)
                                for i, (scheme, names) in enumerate(zip(schemes, groups.values()))}, **(dict(dequantize=True) if zeros else {}))
 
-# %% ../nbs/04_store.ipynb #9413543f
+# %% ../nbs/04_store.ipynb #e2e86567
 def _exact_dtype(model, weights) -> torch.dtype:
     "The model's own dtype if it holds all scales exactly, else float32."
     exact = all(torch.equal(s.to(model.dtype).float(), s.float()) for s in (w.scales() for w in weights))
@@ -379,7 +428,7 @@ def _floats(model, plain, plan:dict) -> dict: # Name -> tensor
                           f"({sum(t.nbytes for t in out.values()):,} bytes; packed they are {bytes_packed:,})")
     return out
 
-# %% ../nbs/04_store.ipynb #4bfcac4a
+# %% ../nbs/04_store.ipynb #c9d9bb8d
 def export(
     model, # A compressed model, or the folder or name of one
     format:str="compressed-tensors", # The only one so far
@@ -411,5 +460,5 @@ def export(
     with beside(folder) as new:
         tensors = {n: t for n, t in _tensors(model, manifest_modules(model), ties).items() if not n.startswith(replaced)} | _floats(model, plain, plan)
         for name, weight in tqdm(packed.items(), desc=format, disable=not progress): tensors |= {f"{name}.{n}": t for n, t in _packed(weight, dtype).items()}
-        _write(new, model, tensors, config, tokenizer, max_shard_size, modules={}, buffers={})
+        _write(new, model, tensors, config, tokenizer, max_shard_size, modules={}, encoded={}, buffers={})
     return Path(folder)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from compresslab.quant.experts import ROUTER, PackedExperts, expert_tokens, mixtures, quantize_experts
+from compresslab.mixtures import expert_tokens, mixtures
+from compresslab.quant.experts import ROUTER, PackedExperts, quantize_experts
 from compresslab.quant.ptq import gptq
 from compresslab.store import load, save, stored_bytes
 from compresslab.surgery import params
@@ -108,9 +109,9 @@ def test_bad_input_is_one_line():
     untouched(model, lambda: quantize_experts(model, progress=False), "needs calibration")
     untouched(model, lambda: quantize_experts(model, tokens(), bits=9), "bits=9 is not supported")
     untouched(model, lambda: quantize_experts(model, tokens(), group_size=-32), "group_size=-32 is not supported")
-    untouched(model, lambda: quantize_experts(model, tokens(), include="nothing"), "no experts to quantize")
+    untouched(model, lambda: quantize_experts(model, tokens(), include="nothing"), "no experts to compress")
     dense = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=52))
-    untouched(dense, lambda: quantize_experts(dense, tokens()), "LlamaForCausalLM has no experts to quantize")
+    untouched(dense, lambda: quantize_experts(dense, tokens()), "LlamaForCausalLM has no experts to compress")
 
 
 @pytest.mark.parametrize("group_size", [0, 7, 32, 1000])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [["data", "surgery", "train", "store", "ledger", "calibration", "allocation"],
+FLOORS = [["data", "surgery", "train", "coding", "store", "ledger", "calibration", "allocation", "mixtures"],
           ["quant", "pruning", "lowrank", "distillation", "gist", "recursive", "pai", "resnetbk"],
           ["recipe", "budget", "playbook"],
           ["report", "sweep", "cli"]]
@@ -40,7 +40,7 @@ def test_imports_go_down_the_floors(module):
 
 
 def test_the_floors_are_really_seen():
-    assert {*imported_rooms(ROOT/"compresslab"/"quant"/"ptq.py")} >= {"data", "quant", "store", "surgery"}
+    assert {*imported_rooms(ROOT/"compresslab"/"quant"/"ptq.py")} >= {"calibration", "quant", "store", "surgery"}
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)

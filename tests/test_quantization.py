@@ -46,17 +46,16 @@ def test_learned_rounding_is_below_its_limit(stories, bits, most):
     assert evaluate(made, held_out, progress=False).ppl/ppl <= most
 
 
-@pytest.mark.parametrize("bits, tokens, lr", [(3, 40e3, 4e-4), (2, 40e3, 1.5e-3)])
+@pytest.mark.parametrize("bits, tokens, lr", [(3, 40e3, 4e-3), (2, 40e3, 1e-2)])
 def test_training_with_rounding_undoes_most_of_the_damage(stories, bits, tokens, lr):
     """A short run from plain rounding: at least half of the lost nats come back, and conversion keeps them."""
     import math
 
-    from compresslab.train import fit
+    from compresslab.train import distil, fit
     model, calibration, held_out, ppl = stories
     text = pack(documents(str(calibration)), find_tokenizer(model.config.name_or_path), 128, "document")
     student = cl.prepare_qat(copy.deepcopy(model), bits)
     before = evaluate(student, held_out, progress=False).ppl
-    from compresslab.quant.qat import distil
     fit(student, text, loss=distil(model), tokens=tokens, batch_size=8, lr=lr, weight_decay=0., precision="no", progress=False)
     trained = evaluate(student, held_out, progress=False).ppl
     packed = evaluate(cl.convert(student), held_out, progress=False).ppl

@@ -14,7 +14,7 @@ import ctypes, mmap, sys
 import torch
 from torch import nn
 
-from .grid import check_bits, dequantize
+from .grid import check_bits, dequantize, unpack_bits
 from .kernels import Stored, fastest
 from ..store import replacement
 from ..surgery import matrix
@@ -111,6 +111,18 @@ class PackedWeight(_Ordered):
     def zeros(self) -> torch.Tensor: # (R, G) uint8
         return self.kernel.unpack(self)[2]
 
+    def symbols(self) -> torch.Tensor: # (R, C) uint8
+        "The codes relative to their zero points, modulo their number: a weight that is zero is 0. For `store`."
+        return ((self.codes().to(torch.int16) - self._shift(self.zeros())) % self.levels).to(torch.uint8)
+    def from_symbols(self, symbols) -> torch.Tensor: # (R, ...) uint8
+        "`packed` for these symbols, in the order of the disk; scales and zero points are in place."
+        zeros = None if self.center is not None else unpack_bits(self.zero, self.bits, self.scale.shape[1])
+        codes = ((symbols.to(torch.int16) + self._shift(zeros)) % self.levels).to(torch.uint8)
+        return Stored.pack(self, codes, self.scale, zeros)["packed"]
+    def _shift(self, zeros): # (R, C) int16
+        if self.center is not None: return torch.tensor(int(self.center), dtype=torch.int16)
+        return zeros.to(torch.int16).repeat_interleave(self.group_size, 1)[:, :self.shape[1]]
+
     def rows(self, index) -> torch.Tensor: # (len(index), C) float32
         "Some rows as floats; `index` is a slice or a tensor of row numbers."
         if not self.kernel.by_rows: self.use(Stored)
@@ -122,7 +134,7 @@ class PackedWeight(_Ordered):
 
     def extra_repr(self): return f"{self.shape[0]}x{self.shape[1]}, bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}, kernel={self.kernel.name}"
 
-# %% ../../nbs/quant/11_linear.ipynb #f90912ae
+# %% ../../nbs/quant/11_linear.ipynb #bdbbb1df
 ACTIVATIONS = ("float", "int8")
 
 def check_activations(activations):
@@ -148,7 +160,7 @@ class _Packed(nn.Module):
         if not (isinstance(entry["group_size"], int) and entry["group_size"] > 0): raise ValueError(f"compresslab.json is damaged: group_size {entry['group_size']!r}")
         return None if "tied_to" in entry else PackedWeight.empty(entry["bits"], entry["group_size"], shape, bool(entry["symmetric"]), entry.get("center"), entry.get("levels"))
 
-# %% ../../nbs/quant/11_linear.ipynb #1b89668c
+# %% ../../nbs/quant/11_linear.ipynb #9a8071d3
 @replacement
 class PackedLinear(_Packed):
     "y = x W^T + b with a packed W (out, in). x: (..., in) -> (..., out)."
@@ -184,7 +196,7 @@ class PackedLinear(_Packed):
     def from_manifest(cls, entry, old):
         return cls(cls.read(entry, old), old.bias, entry.get("activations", "float"), torch.empty(()) if entry.get("input_scale") else None)
 
-# %% ../../nbs/quant/11_linear.ipynb #bdbbb1df
+# %% ../../nbs/quant/11_linear.ipynb #ace73b4e
 @replacement
 class PackedEmbedding(_Packed):
     "Rows of a packed matrix (V, D). ids: (...) integers -> (..., D) in `output_dtype`."
@@ -209,7 +221,7 @@ class PackedEmbedding(_Packed):
     @classmethod
     def from_manifest(cls, entry, old): return cls(cls.read(entry, old), old.weight.dtype, old.padding_idx)
 
-# %% ../../nbs/quant/11_linear.ipynb #9a8071d3
+# %% ../../nbs/quant/11_linear.ipynb #e6ab08b3
 def pack_module(
     module:nn.Module, # Linear, Conv1D or Embedding
     weight:PackedWeight, # Of `matrix(module)`

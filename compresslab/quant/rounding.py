@@ -82,8 +82,7 @@ def hqq(
 # %% ../../nbs/quant/17_rounding.ipynb #94176343
 def _learn(visit, layers, goals, masks, steps, lr, batch, seed):
     "Adam on the roundings and step sizes of one layer of the model; returns its error at each step, relative to the output."
-    weights = [dict(params=[m.weight], lr=lr*m.start.mean().item()) for m in layers]
-    opt = torch.optim.Adam([*weights, dict(params=[m.step for m in layers], lr=lr/4)], betas=(.9, .95))
+    opt = torch.optim.Adam([dict(params=[m.weight for m in layers], lr=lr), dict(params=[m.step for m in layers], lr=lr/4)], betas=(.9, .95))
     rates, draw, size, errors = [g["lr"] for g in opt.param_groups], torch.Generator().manual_seed(seed), torch.stack([g.float().square().mean() for g in goals]).mean(), []
     for step in range(steps):
         for g, r in zip(opt.param_groups, rates): g["lr"] = r*(1 - step/steps)
