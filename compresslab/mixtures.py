@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .calibration import calibration_inputs, token_masks
-from .surgery import find, model_inputs, selected, walk
+from .surgery import find, model_inputs, selected
 
 # %% ../nbs/07_mixtures.ipynb #262c187b
 def weight_names(fused) -> tuple[str, str]: # The two 3-D weights of a fused module

@@ -223,8 +223,10 @@ def _loop(accelerator, model, opts, batches, history, settings, per_step, loss, 
 # %% ../nbs/03_train.ipynb #df79c56a
 def distil(
     teacher, # The float model; put into evaluation mode
+    hard:float=0., # Weight of the cross entropy of the text's own tokens; the divergence has the rest
 ): # loss(model, batch), as `train.fit` wants it
-    "Kullback-Leibler divergence from the teacher's next-token distributions, in nats per token."
+    "Kullback-Leibler divergence from the teacher's next-token distributions, in nats per token, maybe mixed with cross entropy."
+    if not 0 <= hard <= 1: raise ValueError(f"hard={hard!r} is not supported: it is a weight from 0 to 1")
     teacher.eval()
     def loss(model, batch):
         inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")}
@@ -234,7 +236,8 @@ def distil(
         shift = 0 if model.config.is_encoder_decoder else 1
         keep = batch["labels"][:, shift:] != -100
         p, q = (x[:, :x.shape[1] - shift][keep].float().log_softmax(-1) for x in (meant, logits))
-        return F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
+        soft = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
+        return soft if not hard else (1 - hard)*soft + hard*F.nll_loss(q, batch["labels"][:, shift:][keep])
     return loss
 
 # %% ../nbs/03_train.ipynb #bfff5a30

@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..calibration import targets
 from ..surgery import LINEAR, find, matrix, tied
 
 # %% ../../nbs/pruning/20_magnitude.ipynb #9d59a6db

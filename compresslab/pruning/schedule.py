@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .magnitude import MagnitudePruner, check_sparsity, read_pattern, zero_masks
+from .magnitude import MagnitudePruner, check_sparsity, zero_masks
 from ..surgery import matrix
 
 # %% ../../nbs/pruning/23_schedule.ipynb #d1d12593
-@dataclass
+@dataclass(kw_only=True)
 class KeepZeros:
     "For `fit(on_step=…)`: weights that are zero when training starts stay zero."
     include:object=None; exclude:object=None # Regular expressions on module names
@@ -28,12 +28,15 @@ class KeepZeros:
         for n, keep in self.masks.items(): matrix(model.get_submodule(n)).masked_fill_(~keep, 0)
 
 # %% ../../nbs/pruning/23_schedule.ipynb #d2b8f1af
-@dataclass
+@dataclass(kw_only=True)
 class _Growing(KeepZeros):
     "Prunes by magnitude whenever `sparsity_at(step)` has grown."
     scope:str="layer" # Compare within each "layer", or over all layers: "global"
 
-    def start(self, model, history): super().start(model, history); self.now = self.sparsity_at(len(history)) if history else 0.; self.log = []; self._advance(model, len(history))
+    def start(self, model, history):
+        super().start(model, history)
+        self.now, self.log = self.sparsity_at(len(history)) if history else 0., []
+        self._advance(model, len(history))
 
     def __call__(self, model, history): super().__call__(model, history); self._advance(model, len(history))
 
@@ -53,12 +56,11 @@ class GradualPruning(_Growing):
     end:float=.6 # Share of the training after which the final sparsity is reached
     every:int=10 # Steps between two prunings
 
-    def __init__(self, final=.5, steps=100, initial=0., end=.6, every=10, scope="layer", include=None, exclude=None):
-        check_sparsity(final); check_sparsity(initial)
-        if initial > final: raise ValueError(f"initial={initial} is above final={final}: sparsity can only grow")
-        if not 0 < end <= 1: raise ValueError(f"end={end!r} is not supported: it is a share of the training, above 0 and at most 1")
-        if steps < 1 or every < 1: raise ValueError(f"steps={steps} and every={every} must be at least 1")
-        self.final, self.steps, self.initial, self.end, self.every, self.scope, self.include, self.exclude = final, steps, initial, end, every, scope, include, exclude
+    def __post_init__(self):
+        check_sparsity(self.final); check_sparsity(self.initial)
+        if self.initial > self.final: raise ValueError(f"initial={self.initial} is above final={self.final}: sparsity can only grow")
+        if not 0 < self.end <= 1: raise ValueError(f"end={self.end!r} is not supported: it is a share of the training, above 0 and at most 1")
+        if self.steps < 1 or self.every < 1: raise ValueError(f"steps={self.steps} and every={self.every} must be at least 1")
 
     def sparsity_at(self, step:int) -> float:
         last = max(1, round(self.end*self.steps))
@@ -68,10 +70,12 @@ class GradualPruning(_Growing):
 @dataclass
 class IterativePruning(_Growing):
     "For `fit(on_step=…)`: one sparsity after the other, with recovery between. `log` says what was reached when."
-    def __init__(self, sparsities, every:int, scope="layer", include=None, exclude=None): # sparsities: rising; every: steps for each
-        for s in sparsities: check_sparsity(s)
-        if not len(sparsities) or list(sparsities) != sorted(sparsities): raise ValueError(f"sparsities={sparsities!r} must rise: sparsity can only grow")
-        if every < 1: raise ValueError(f"every={every} must be at least 1")
-        self.sparsities, self.every, self.scope, self.include, self.exclude = [*sparsities], every, scope, include, exclude
+    sparsities:list=(.3, .5) # Rising
+    every:int=100 # Steps for each
+
+    def __post_init__(self):
+        for s in self.sparsities: check_sparsity(s)
+        if not len(self.sparsities) or list(self.sparsities) != sorted(self.sparsities): raise ValueError(f"sparsities={self.sparsities!r} must rise: sparsity can only grow")
+        if self.every < 1: raise ValueError(f"every={self.every} must be at least 1")
 
     def sparsity_at(self, step:int) -> float: return self.sparsities[min(step//self.every, len(self.sparsities) - 1)]

@@ -12,7 +12,6 @@ __all__ = ['AXES', 'BLOCK', 'BlockLayout', 'BlockFormat', 'write_tokens', 'Store
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
 

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from tqdm.auto import tqdm
 
-from ..calibration import Hessian, aim, calibration_inputs, damped, end_hessian, input_groups, inverse_factor, layer_hessian, targets, token_masks
+from ..calibration import aim, calibration_inputs, damped, end_hessian, input_groups, inverse_factor, layer_hessian, targets, token_masks
 from .grid import check_bits, dequantize, fit_grid, quantize
 from .linear import PackedWeight, check_activations, pack_module
 from ..store import swap
