@@ -6,7 +6,7 @@ Docs: https://compresslab.github.io/compresslab/calibration.html.md"""
 
 # %% auto #0
 __all__ = ['targets', 'calibration_inputs', 'Hessian', 'aim', 'input_groups', 'layer_hessian', 'token_masks', 'layer_input',
-           'hessians', 'end_hessian', 'damped', 'inverse_factor']
+           'group_hessians', 'hessians', 'end_hessian', 'damped', 'inverse_factor']
 
 # %% ../nbs/05_calibration.ipynb #2051ff60
 import torch
@@ -148,6 +148,19 @@ def layer_input(run, module, sample):
 
 # %% ../nbs/05_calibration.ipynb #6d27d643
 @torch.no_grad()
+def group_hessians(
+    model, visit, # A transformers model, and a visit to one of its layers
+    names:dict, # Module name -> module, within that layer
+    inputs:list[dict], # As `calibration_inputs` returns them
+    original:bool=False, # Also the correlation with what the untouched layer would get; the walk must keep that
+): # -> yields (names that read the same tensor, their Hessian), in order of execution
+    "What the modules of one layer read; later groups see what the caller did to earlier ones."
+    masks = token_masks(inputs, model.config.is_encoder_decoder and "decoder" in visit.name)
+    for group in input_groups(visit, names):
+        untouched = (visit.original.run, visit.original.layer.get_submodule(group[0].removeprefix(visit.name + "."))) if original else None
+        yield group, layer_hessian(visit.run, names[group[0]], len(inputs), untouched, masks)
+
+@torch.no_grad()
 def hessians(
     model, # A transformers model; the caller may change the modules named, and later layers see that
     found:dict, # As `targets` returns it
@@ -159,10 +172,7 @@ def hessians(
     rest = dict(found)
     for visit in walk(model, inputs, keep_original=original, progress=progress):
         names = {n: model.get_submodule(n) for n in found if n.startswith(visit.name + ".")}
-        masks = token_masks(inputs, model.config.is_encoder_decoder and "decoder" in visit.name)
-        for group in input_groups(visit, names):
-            untouched = (visit.original.run, visit.original.layer.get_submodule(group[0].removeprefix(visit.name + "."))) if original else None
-            hessian = layer_hessian(visit.run, names[group[0]], len(inputs), untouched, masks)
+        for group, hessian in group_hessians(model, visit, names, inputs, original):
             for n in group: rest.pop(n); yield n, hessian
     for n, sharers in rest.items(): yield n, end_hessian(model, sharers, inputs)
 

@@ -9,6 +9,7 @@ __all__ = ['PATTERNS', 'BITS', 'pack_stream', 'unpack_stream', 'encode', 'decode
 
 # %% ../nbs/03b_coding.ipynb #6c5d96d4
 import json
+from itertools import combinations
 from math import comb
 
 import numpy as np
@@ -89,14 +90,13 @@ def _pattern(x, n, m):
     if ((groups != 0).sum(1) > n).any(): return None
     places = np.sort(np.argsort(groups == 0, 1, kind="stable")[:, :n], 1)             # the nonzero ones first, then some zeros
     digit = {c: i for i, c in enumerate(_choices(n, m))}
-    digits = np.array([digit[tuple(p)] for p in np.unique(places, axis=0)])[np.unique(places, axis=0, return_inverse=True)[1].ravel()]
+    seen, which = np.unique(places, axis=0, return_inverse=True)
+    digits = np.array([digit[tuple(p)] for p in seen])[which.ravel()]
     k, base = _per_byte(n, m)
     digits = np.pad(digits, (0, -len(digits) % k)).reshape(-1, k) @ base**np.arange(k)
     return [n, m], [(digits.astype(np.uint8), base**k), *_planes(np.take_along_axis(groups, places, 1).ravel())]
 
-def _choices(n, m):
-    from itertools import combinations
-    return list(combinations(range(m), n))
+def _choices(n, m): return list(combinations(range(m), n))
 
 def _per_byte(n, m): # How many digits of base (m over n) a byte holds
     base = comb(m, n)

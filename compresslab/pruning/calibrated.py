@@ -15,7 +15,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from ..allocation import Sensitivity, fit_and_score, knapsack, measure_changes
 from ..calibration import aim, calibration_inputs, damped, hessians, inverse_factor
-from .magnitude import check_sparsity, keep_best, prunable, read_pattern
+from .magnitude import check_sparsity, keep_best, named_shares, prunable, read_pattern
 from ..surgery import matrix
 
 # %% ../../nbs/pruning/20b_calibrated.ipynb #72955287
@@ -99,11 +99,9 @@ def _plan(model, sparsity, pattern, include, exclude) -> dict: # Name -> sparsit
     "What will be pruned how much, checked."
     names = prunable(model, include, exclude)
     if pattern: read_pattern(pattern)
-    elif isinstance(sparsity, dict):
-        unknown = next((n for n in sparsity if n not in names), None)
-        if unknown: raise ValueError(f"sparsity names '{unknown}', which is no layer to prune; there are {', '.join(names[:3])} and {max(0, len(names) - 3)} more")
+    if isinstance(sparsity, dict): names = named_shares(sparsity, names)
     for s in [] if pattern else sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_sparsity(s)
-    return {n: sparsity[n] if isinstance(sparsity, dict) else sparsity for n in names if not isinstance(sparsity, dict) or n in sparsity}
+    return {n: sparsity[n] if isinstance(sparsity, dict) else sparsity for n in names}
 
 @torch.no_grad()
 def _prune(model, calibration, plan, new_weight, original, samples, length, seed, tokenizer, progress):

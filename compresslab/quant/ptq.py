@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..calibration import aim, calibration_inputs, damped, end_hessian, input_groups, inverse_factor, layer_hessian, targets, token_masks
+from ..calibration import aim, calibration_inputs, damped, end_hessian, group_hessians, inverse_factor, targets
 from .grid import check_bits, dequantize, fit_grid, quantize
 from .linear import PackedWeight, check_activations, pack_module
 from ..store import swap
@@ -182,11 +182,7 @@ def gptq(
     for visit in walk(model, inputs, keep_original=correct, progress=progress):
         names = {n: model.get_submodule(n) for n in found if n.startswith(visit.name + ".")}
         if not done.restore(visit.name, model):
-            for group in input_groups(visit, names):
-                inside = group[0].removeprefix(visit.name + ".")
-                original = (visit.original.run, visit.original.layer.get_submodule(inside)) if correct else None
-                masks = token_masks(inputs, model.config.is_encoder_decoder and "decoder" in visit.name)
-                hessian = layer_hessian(visit.run, names[group[0]], len(inputs), original, masks)
+            for group, hessian in group_hessians(model, visit, names, inputs, correct):
                 for n in group: pack_shared(model, found[n], settings.quantize(n, matrix(names[n]), hessian), activations)
             done.write(visit.name, model, names)
         for n in names: rest.pop(n)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .grid import ends_grid, groups, quantize, round_scale
 from .linear import PackedWeight
-from ..calibration import aim, calibration_inputs, input_groups, layer_hessian, targets, token_masks
+from ..calibration import aim, calibration_inputs, group_hessians, targets, token_masks
 from .ptq import _quantize_ends, _Settings, check, pack_shared, width_of
 from .qat import QATLinear
 from ..surgery import matrix, replace, walk
@@ -122,9 +122,7 @@ def learn_rounding(
         names = {n: model.get_submodule(n) for n in found if n.startswith(visit.name + ".")}
         masks, layers = token_masks(inputs, model.config.is_encoder_decoder and "decoder" in visit.name), {}
         with torch.no_grad():
-            for group in input_groups(visit, names):
-                inside = group[0].removeprefix(visit.name + ".")
-                hessian = layer_hessian(visit.run, model.get_submodule(group[0]), len(inputs), (visit.original.run, visit.original.layer.get_submodule(inside)), masks)
+            for group, hessian in group_hessians(model, visit, names, inputs, original=True):
                 for n in group:
                     w = matrix(names[n])
                     layers[n] = QATLinear.from_packed(settings.quantize(n, w, hessian), aim(w, hessian, damp), names[n].bias, activations, w == 0)
