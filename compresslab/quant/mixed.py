@@ -7,10 +7,11 @@ Docs: https://compresslab.github.io/compresslab/quant/mixed.html.md"""
 # %% auto #0
 __all__ = ['sensitivity', 'choose_widths', 'packed_widths', 'mixed_precision']
 
-# %% ../../nbs/quant/18_mixed.ipynb #38a35101
+# %% ../../nbs/quant/18_mixed.ipynb #d232e034
 import json, warnings
 
 import torch
+from torch import nn
 
 from ..allocation import Sensitivity, fit_and_score, knapsack, measure_changes
 from ..calibration import calibration_inputs, hessians, targets
