@@ -16,7 +16,7 @@ from .data import calibration_blocks
 from .store import find_tokenizer
 from .surgery import LINEAR, Stop, find, matrix, model_inputs, selected, tied, walk
 
-# %% ../nbs/05_calibration.ipynb #3abc4bd9
+# %% ../nbs/05_calibration.ipynb #a4e2a15f
 def _without_tables(model, found):
     "Leave out embeddings whose rows are not tokens."
     sizes = {m.weight.shape[0] for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
@@ -28,10 +28,10 @@ def targets(
     embeddings:bool=False, # Embeddings and the output head too
 ) -> dict[str, list[str]]: # A module's name -> all names that share its weight, itself first
     "The modules to compress, grouped by the weight they share."
-    head = model.get_output_embeddings()
+    ends = {p for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None for p in m.modules()}     # factored ones have parts
     same, out = tied(model), {}
     for name, m in find(model, (*LINEAR, *((nn.Embedding,) if embeddings else ())), include, exclude).items():
-        if (m is head and not embeddings) or any(name in names for names in out.values()): continue
+        if (m in ends and not embeddings) or any(name in names for names in out.values()): continue
         sharers = [name] + [n for n in same[name] if n != name]
         odd = next((n for n in sharers if type(model.get_submodule(n)) not in (*LINEAR, nn.Embedding)), None)
         if odd: raise ValueError(f"{name} shares its weight with {odd}, a {type(model.get_submodule(odd)).__name__}, which is no linear layer: exclude it")

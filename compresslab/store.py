@@ -7,9 +7,9 @@ Docs: https://compresslab.github.io/compresslab/store.html.md"""
 # %% auto #0
 __all__ = ['FORMAT', 'REPLACEMENTS', 'replacement', 'CompresslabConfig', 'CompresslabQuantizer', 'join', 'swap',
            'manifest_modules', 'sha256', 'weight_files', 'stored_bytes', 'check_replaceable', 'beside', 'cast_buffers',
-           'find_tokenizer', 'save', 'read_manifest', 'model_path', 'load', 'pack_words', 'export']
+           'bytes_beside', 'find_tokenizer', 'save', 'read_manifest', 'model_path', 'load', 'pack_words', 'export']
 
-# %% ../nbs/04_store.ipynb #eaf7be80
+# %% ../nbs/04_store.ipynb #1110a81d
 import copy, hashlib, json, shutil, tempfile, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .coding import decode, decode_symbols, encode, encode_symbols
 from .data import ask_hub, local_path, not_found
-from .surgery import replace, tied
+from .surgery import matrix, replace, tied
 
 # %% ../nbs/04_store.ipynb #ae0f7e31
 FORMAT = 1
@@ -40,7 +40,7 @@ def replacement(cls):
     REPLACEMENTS[cls.__name__] = cls
     return cls
 
-# %% ../nbs/04_store.ipynb #13517ea1
+# %% ../nbs/04_store.ipynb #e1032093
 class CompresslabConfig(QuantizationConfigMixin):
     "The `quantization_config` of a folder that `save` wrote."
     def __init__(self, **kwargs): self.quant_method = "compresslab"
@@ -60,7 +60,7 @@ class CompresslabQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         self.saved = read_manifest(model.config.name_or_path)
         self.modules = self.saved["modules"]
-        self.packed = tuple(n + "." for n in self.modules)
+        self.packed = tuple(n + "." for n, e in self.modules.items() if getattr(_class(e), "keeps_dtype", True))
         for name, entry in self.modules.items():
             try: old = model.get_submodule(name)
             except AttributeError: raise ValueError(f"compresslab.json replaces '{name}', which {type(model).__name__} does not have") from None
@@ -229,6 +229,22 @@ def _encode(model, tensors:dict, entropy:bool) -> dict: # Name -> bytes in the f
         if blob is None: continue
         tensors[name], encoded[name] = torch.frombuffer(bytearray(blob), dtype=torch.uint8), len(blob)
     return encoded
+
+# %% ../nbs/04_store.ipynb #2cd6b7d0
+def bytes_beside(
+    model, # A transformers model
+    modules:dict[str, list[str]], # That will be replaced, as `calibration.targets` returns them
+    parts:tuple, # What each will hold in the place of its weight, such as ("packed", "scale")
+    largest:int, # Bytes that the replaced modules take at most
+) -> int:
+    "Bytes of the stored file beside some modules: other tensors, and at most so much header."
+    inside = {f"{n}.weight" for names in modules.values() for n in names}
+    rest = {n: t for n, t in _tensors(model, manifest_modules(model), model.all_tied_weights_keys).items() if n not in inside}
+    total = sum(t.nbytes for t in rest.values())
+    entry = lambda dtype, shape: dict(dtype=dtype, shape=[*shape], data_offsets=[total + largest]*2)
+    header = {n: entry("F8_E4M3", t.shape) for n, t in rest.items()} | {f"{n}.weight.{p}": entry("BF16", matrix(model.get_submodule(n)).shape) for n in modules for p in parts}
+    files = 1 + int((total + largest)//5e9)                   # `save` begins a new one every 5 GB
+    return total + len(json.dumps(header, separators=(",", ":"))) + files*len('12345678{"__metadata__":{"format":"pt"}},       ')
 
 # %% ../nbs/04_store.ipynb #f4ffb8d8
 def find_tokenizer(name_or_path:str, local:bool=False):

@@ -7,8 +7,8 @@ Docs: https://compresslab.github.io/compresslab/quant/mixed.html.md"""
 # %% auto #0
 __all__ = ['sensitivity', 'choose_widths', 'packed_widths', 'mixed_precision']
 
-# %% ../../nbs/quant/18_mixed.ipynb #d232e034
-import json, warnings
+# %% ../../nbs/quant/18_mixed.ipynb #37233094
+import warnings
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from ..allocation import Sensitivity, fit_and_score, knapsack, measure_changes
 from ..calibration import calibration_inputs, hessians, targets
 from .grid import check_bits, dequantize, fit_grid, grid_bytes, quantize
 from .ptq import check, gptq, gptq_matrix, rtn
-from ..store import _tensors, manifest_modules
+from ..store import bytes_beside, manifest_modules
 from ..surgery import matrix
 
 # %% ../../nbs/quant/18_mixed.ipynb #bb728437
@@ -27,19 +27,12 @@ def _rounded(w, hessian, bits, group_size, symmetric) -> torch.Tensor: # (R, C) 
     scale, zero = fit_grid(w, bits, group_size, symmetric)
     return dequantize(quantize(w, scale, zero, bits, group_size), scale, zero, group_size)
 
-# %% ../../nbs/quant/18_mixed.ipynb #15bde974
-def _rest_bytes(model, found:dict, widest:int, group_size:int, symmetric:bool) -> int:
-    "Bytes of the stored file beside the matrices to quantize: floats, and at most so much header."
-    inside = {f"{n}.weight" for names in found.values() for n in names}
-    floats = {n: t for n, t in _tensors(model, manifest_modules(model), model.all_tied_weights_keys).items() if n not in inside}
-    total = sum(t.nbytes for t in floats.values()) + sum(grid_bytes(*matrix(model.get_submodule(n)).shape, widest, group_size, symmetric) for n in found)
-    entry = lambda dtype, shape: dict(dtype=dtype, shape=[*shape], data_offsets=[total, total])
-    header = {n: entry("F8_E4M3", t.shape) for n, t in floats.items()}
-    for n in found: header |= {f"{n}.weight.{part}": entry("BF16", matrix(model.get_submodule(n)).shape) for part in ("packed", "scale", *(() if symmetric else ("zero",)))}
-    files = 1 + int(total//5e9)                              # `save` begins a new one every 5 GB
-    return sum(t.nbytes for t in floats.values()) + len(json.dumps(header, separators=(",", ":"))) + files*len('12345678{"__metadata__":{"format":"pt"}},       ')
+# %% ../../nbs/quant/18_mixed.ipynb #ba95b7b3
+def _rest_bytes(model, found, widest, group_size, symmetric):
+    "Bytes of the stored file beside the matrices to quantize."
+    most = sum(grid_bytes(*matrix(model.get_submodule(n)).shape, widest, group_size, symmetric) for n in found)
+    return bytes_beside(model, found, ("packed", "scale", *(() if symmetric else ("zero",))), most)
 
-# %% ../../nbs/quant/18_mixed.ipynb #2d5bbcaf
 def _changes(model, found, fit, widths, group_size, symmetric):
     "Every module at every width, as `measure_changes` wants them."
     for name, hessian in (hessians(model, found, fit, progress=False) if fit else ((n, None) for n in found)):
