@@ -7,20 +7,19 @@ Docs: https://compresslab.github.io/compresslab/distillation/trainer.html.md"""
 # %% auto #0
 __all__ = ['check_pair', 'DistillationLoss', 'StudentScores', 'DistillationTrainer']
 
-# %% ../../nbs/distillation/41_trainer.ipynb #ea4a2025
+# %% ../../nbs/distillation/41_trainer.ipynb #e091b084
 import math
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .losses import (CachedLogits, ask, bucketed, byte_logits, check_attention, check_divergence, check_layer_map, check_mapping, divergence, feature_losses,
                                              first_bytes, inside, projections)
-from ..train import History, Scores, evaluate, fit, optimizers, scored
+from ..train import History, Scores, evaluate, fit, optimizers, rows_at_once, scored
 
 # %% ../../nbs/distillation/41_trainer.ipynb #7ba928ea
 def check_pair(student, teacher, mapping=None, tokenizers=None):
@@ -34,7 +33,7 @@ def check_pair(student, teacher, mapping=None, tokenizers=None):
     elif mapping is not None: check_mapping(mapping, ours, theirs)
     elif ours != theirs: raise ValueError(f"the teacher has {theirs} tokens and the student {ours}: pass mapping= (the teacher's token for each of the student's) or tokenizers= (both tokenizers, to compare by bytes)")
 
-# %% ../../nbs/distillation/41_trainer.ipynb #12d61b02
+# %% ../../nbs/distillation/41_trainer.ipynb #621fce86
 class DistillationLoss:
     "loss(model, batch) -> (total, its terms), as `train.fit` wants it."
     def __init__(self,
@@ -83,6 +82,7 @@ class DistillationLoss:
         "Show a batch to the teacher."
         if self.teacher is None: raise ValueError("there is no teacher and the data has no cached logits: pass a teacher, or train on cache_logits(...)")
         if ("teacher_at" in batch) != (self.first is not None): raise ValueError("the data is for two tokenizers and the trainer is not: pass tokenizers=" if "teacher_at" in batch else "the tokenizers differ: train on align(documents, student_tokenizer, teacher_tokenizer)")
+        if self.teacher.device.type == "cpu": self.teacher.to(keep.device)                      # one that lies on a device of its own stays there
         if self.first is None: return keep, ask(self.teacher, inputs, self.mapping, **want), keep, inputs
         theirs = dict(input_ids=batch["teacher_input_ids"], attention_mask=batch["teacher_attention_mask"])
         rows, cols = (batch["student_at"] >= 0).nonzero(as_tuple=True)
@@ -101,7 +101,7 @@ class DistillationLoss:
         ids = batch["teacher_ids"][keep].long() if "teacher_ids" in batch else None
         return divergence(bucketed(logits.float()/self.temperature, ids), batch["teacher_log_probs"][keep], 1., self.kind)
 
-# %% ../../nbs/distillation/41_trainer.ipynb #2bef7536
+# %% ../../nbs/distillation/41_trainer.ipynb #153b0824
 @dataclass
 class StudentScores(Scores):
     "What a student is worth on some text, and how near it is to its teacher."
@@ -113,7 +113,6 @@ class DistillationTrainer(DistillationLoss):
     def train(self, data, **options) -> History: # options: as `train.fit` takes them
         "Train the student, on blocks, on `cache_logits` or on `align`. The history has each term."
         if isinstance(data, CachedLogits) and data.vocabulary != self.student.config.get_text_config().vocab_size: raise ValueError(f"the cached logits are over {data.vocabulary} tokens, the student has {self.student.config.get_text_config().vocab_size}: cache them with mapping=")
-        if self.teacher is not None: self.teacher.to(PartialState().device)
         if len(self.projections): self.student.projections = self.projections
         try: return fit(self.student, data, loss=self, **options)
         finally:
@@ -139,13 +138,13 @@ class DistillationTrainer(DistillationLoss):
         "`train.evaluate` of the student, and the comparison with the teacher; on the same kinds of data as `train`."
         scores = evaluate(self.student, getattr(data, "data", data), batch_size, progress)
         if self.teacher is None: return StudentScores(**asdict(scores))
-        return StudentScores(**asdict(scores) | _compare(self, data.data if isinstance(data, CachedLogits) else data, batch_size or 8, progress))
+        return StudentScores(**asdict(scores) | _compare(self, data.data if isinstance(data, CachedLogits) else data, batch_size or rows_at_once(self.student, data), progress))
 
 @torch.inference_mode()
 def _compare(loss, data, batch_size, progress) -> dict:
     "Divergence and agreement over all compared positions."
     far, agree, n, student, mode = 0., 0, 0, loss.student, loss.student.training
-    student.eval(); loss.teacher.to(student.device)
+    student.eval()
     for batch in tqdm(DataLoader(data, batch_size), desc="compare", disable=not progress):
         batch = {k: v.to(student.device) for k, v in batch.items()}
         inputs, keep, _ = scored(batch, loss.encoder_decoder)
