@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [["data", "surgery", "train", "coding", "store", "ledger", "calibration", "allocation", "mixtures"],
+FLOORS = [["data", "surgery", "train", "coding", "store", "ledger", "calibration", "allocation", "mixtures", "resizing"],
           ["quant", "pruning", "lowrank", "distillation", "gist", "recursive", "pai", "resnetbk"],
           ["recipe", "budget", "playbook"],
           ["report", "sweep", "cli"]]
