@@ -33,8 +33,34 @@ def check_pair(student, teacher, mapping=None, tokenizers=None):
     elif mapping is not None: check_mapping(mapping, ours, theirs)
     elif ours != theirs: raise ValueError(f"the teacher has {theirs} tokens and the student {ours}: pass mapping= (the teacher's token for each of the student's) or tokenizers= (both tokenizers, to compare by bytes)")
 
-# %% ../../nbs/distillation/41_trainer.ipynb #621fce86
-class DistillationLoss:
+# %% ../../nbs/distillation/41_trainer.ipynb #f78d7c60
+class _Comparison:
+    "What a teacher says about a batch, now or from the cache, beside what the student says."
+    def ask(self, batch, inputs, keep, **want) -> tuple: # Where the student's logits are compared, the teacher's output, where its are, and what it read
+        "Show a batch to the teacher."
+        if self.teacher is None: raise ValueError("there is no teacher and the data has no cached logits: pass a teacher, or train on cache_logits(...)")
+        if ("teacher_at" in batch) != (self.first is not None): raise ValueError("the data is for two tokenizers and the trainer is not: pass tokenizers=" if "teacher_at" in batch else "the tokenizers differ: train on align(documents, student_tokenizer, teacher_tokenizer)")
+        if self.teacher.device.type == "cpu": self.teacher.to(keep.device)                      # one that lies on a device of its own stays there
+        if self.first is None: return keep, ask(self.teacher, inputs, self.mapping, **want), keep, inputs
+        theirs = dict(input_ids=batch["teacher_input_ids"], attention_mask=batch["teacher_attention_mask"])
+        rows, cols = (batch["student_at"] >= 0).nonzero(as_tuple=True)
+        return (rows, batch["student_at"][rows, cols]), ask(self.teacher, theirs, **want), (rows, batch["teacher_at"][rows, cols]), theirs
+
+    def comparable(self, ours, theirs) -> tuple: # Two tensors (n, outcomes)
+        "Logits over the same outcomes: tokens, or bytes."
+        theirs = theirs.to(ours.device)
+        return (ours, theirs) if self.first is None else tuple(byte_logits(x, f) for x, f in zip((ours, theirs), self.first))
+
+    def from_cache(self, logits, batch, keep):
+        "The divergence from what the teacher said earlier."
+        if self.want: raise ValueError("cached logits hold no hidden states or attention: pass feature_weight=0 and attention_weight=0, or train on the data itself")
+        other = batch["teacher_temperature"] != self.temperature
+        if other.any(): raise ValueError(f"the cached logits are for temperature {batch['teacher_temperature'][other][0].item():g}, the trainer has {self.temperature:g}: cache them again, or use that one")
+        ids = batch["teacher_ids"][keep].long() if "teacher_ids" in batch else None
+        return divergence(bucketed(logits.float()/self.temperature, ids), batch["teacher_log_probs"][keep], 1., self.kind)
+
+# %% ../../nbs/distillation/41_trainer.ipynb #baf72054
+class DistillationLoss(_Comparison):
     "loss(model, batch) -> (total, its terms), as `train.fit` wants it."
     def __init__(self,
         teacher, # A transformers model; put into evaluation mode, otherwise untouched. None: the data has its logits
@@ -78,43 +104,34 @@ class DistillationLoss:
             terms.update({k: x for k, x in zip(("feature", "attention"), found) if x is not None})
         return sum(self.weights[k]*x for k, x in terms.items() if self.weights[k]), {k: x.detach() for k, x in terms.items()}
 
-    def ask(self, batch, inputs, keep, **want) -> tuple: # Where the student's logits are compared, the teacher's output, where its are, and what it read
-        "Show a batch to the teacher."
-        if self.teacher is None: raise ValueError("there is no teacher and the data has no cached logits: pass a teacher, or train on cache_logits(...)")
-        if ("teacher_at" in batch) != (self.first is not None): raise ValueError("the data is for two tokenizers and the trainer is not: pass tokenizers=" if "teacher_at" in batch else "the tokenizers differ: train on align(documents, student_tokenizer, teacher_tokenizer)")
-        if self.teacher.device.type == "cpu": self.teacher.to(keep.device)                      # one that lies on a device of its own stays there
-        if self.first is None: return keep, ask(self.teacher, inputs, self.mapping, **want), keep, inputs
-        theirs = dict(input_ids=batch["teacher_input_ids"], attention_mask=batch["teacher_attention_mask"])
-        rows, cols = (batch["student_at"] >= 0).nonzero(as_tuple=True)
-        return (rows, batch["student_at"][rows, cols]), ask(self.teacher, theirs, **want), (rows, batch["teacher_at"][rows, cols]), theirs
-
-    def comparable(self, ours, theirs) -> tuple: # Two tensors (n, outcomes)
-        "Logits over the same outcomes: tokens, or bytes."
-        theirs = theirs.to(ours.device)
-        return (ours, theirs) if self.first is None else tuple(byte_logits(x, f) for x, f in zip((ours, theirs), self.first))
-
-    def from_cache(self, logits, batch, keep):
-        "The divergence from what the teacher said earlier."
-        if self.want: raise ValueError("cached logits hold no hidden states or attention: pass feature_weight=0 and attention_weight=0, or train on the data itself")
-        other = batch["teacher_temperature"] != self.temperature
-        if other.any(): raise ValueError(f"the cached logits are for temperature {batch['teacher_temperature'][other][0].item():g}, the trainer has {self.temperature:g}: cache them again, or use that one")
-        ids = batch["teacher_ids"][keep].long() if "teacher_ids" in batch else None
-        return divergence(bucketed(logits.float()/self.temperature, ids), batch["teacher_log_probs"][keep], 1., self.kind)
-
-# %% ../../nbs/distillation/41_trainer.ipynb #153b0824
+# %% ../../nbs/distillation/41_trainer.ipynb #26cbbb2f
 @dataclass
 class StudentScores(Scores):
     "What a student is worth on some text, and how near it is to its teacher."
     divergence:float|None=None # KL(teacher || student) at temperature 1, in nats a position; of next bytes where the tokenizers differ. None without a teacher
     agreement:float|None=None  # share of positions where both rank the same first
+@torch.inference_mode()
+def _compare(loss, data, batch_size, progress) -> dict:
+    "Divergence and agreement over all compared positions."
+    far, agree, n, student, mode = 0., 0, 0, loss.student, loss.student.training
+    student.eval()
+    for batch in tqdm(DataLoader(data, batch_size), desc="compare", disable=not progress):
+        batch = {k: v.to(student.device) for k, v in batch.items()}
+        inputs, keep, _ = scored(batch, loss.encoder_decoder)
+        at, theirs, their_at, _ = loss.ask(batch, inputs, keep)
+        ours, theirs = loss.comparable(student(**inputs, use_cache=False).logits[at], theirs.logits[their_at])
+        far += divergence(ours, theirs).item()*len(ours) if len(ours) else 0.; agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum()); n += len(ours)
+    student.train(mode)
+    return dict(divergence=far/n, agreement=agree/n)
 
+# %% ../../nbs/distillation/41_trainer.ipynb #cad5ba70
 class DistillationTrainer(DistillationLoss):
     "A `DistillationLoss`, with its same parameters, and what trains on it and measures."
-    def train(self, data, **options) -> History: # options: as `train.fit` takes them
+    def train(self, data, **options) -> History: # options: as `train.fit` takes them; a loss that wraps this one too
         "Train the student, on blocks, on `cache_logits` or on `align`. The history has each term."
         if isinstance(data, CachedLogits) and data.vocabulary != self.student.config.get_text_config().vocab_size: raise ValueError(f"the cached logits are over {data.vocabulary} tokens, the student has {self.student.config.get_text_config().vocab_size}: cache them with mapping=")
         if len(self.projections): self.student.projections = self.projections
-        try: return fit(self.student, data, loss=self, **options)
+        try: return fit(self.student, data, **(dict(loss=self) | options))
         finally:
             if len(self.projections): del self.student.projections
 
@@ -139,17 +156,3 @@ class DistillationTrainer(DistillationLoss):
         scores = evaluate(self.student, getattr(data, "data", data), batch_size, progress)
         if self.teacher is None: return StudentScores(**asdict(scores))
         return StudentScores(**asdict(scores) | _compare(self, data.data if isinstance(data, CachedLogits) else data, batch_size or rows_at_once(self.student, data), progress))
-
-@torch.inference_mode()
-def _compare(loss, data, batch_size, progress) -> dict:
-    "Divergence and agreement over all compared positions."
-    far, agree, n, student, mode = 0., 0, 0, loss.student, loss.student.training
-    student.eval()
-    for batch in tqdm(DataLoader(data, batch_size), desc="compare", disable=not progress):
-        batch = {k: v.to(student.device) for k, v in batch.items()}
-        inputs, keep, _ = scored(batch, loss.encoder_decoder)
-        at, theirs, their_at, _ = loss.ask(batch, inputs, keep)
-        ours, theirs = loss.comparable(student(**inputs, use_cache=False).logits[at], theirs.logits[their_at])
-        far += divergence(ours, theirs).item()*len(ours) if len(ours) else 0.; agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum()); n += len(ours)
-    student.train(mode)
-    return dict(divergence=far/n, agreement=agree/n)
