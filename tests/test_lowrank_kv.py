@@ -90,3 +90,13 @@ def test_a_small_public_model(shared):
         expected, cache = latent(x, use_cache=False).logits, DynamicCache()
         got = torch.cat([latent(x[:, i:i+16], past_key_values=cache).logits for i in range(0, 48, 16)], 1)
     assert (got - expected).abs().max() < 1e-2
+
+
+def test_padding_does_not_count():
+    "What stands in the padding of calibration batches changes nothing."
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=52, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3, head_dim=8, initializer_range=.2)).eval()
+    ids, mask = torch.randint(0, 64, (4, 60)), (torch.arange(60) >= torch.tensor([[0], [13], [20], [40]])).long()
+    other = torch.where(mask.bool(), ids, torch.randint(0, 64, (4, 60)))
+    made = [latent_kv(copy.deepcopy(model), [dict(input_ids=x, attention_mask=mask)], share=.4, progress=False) for x in (ids, other)]
+    with torch.no_grad(): assert torch.allclose(made[0](ids).logits, made[1](ids).logits, atol=1e-3)
