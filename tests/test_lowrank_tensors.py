@@ -89,3 +89,16 @@ def test_a_kernel_of_its_ranks_is_exact():
     with torch.no_grad(): conv.weight.copy_(torch.einsum("op,pqab,qi->oiab", torch.randn(32, 6), torch.randn(6, 5, 3, 3), torch.randn(5, 24)))
     x, made = torch.randn(1, 24, 8, 8), factored_conv(conv, .3)
     with torch.no_grad(): assert (made(x) - conv(x)).abs().max() < 1e-3*conv(x).abs().max()
+
+
+def test_factorize_takes_experts_along():
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from compresslab.lowrank.linear import FactoredLinear, factorize
+    from compresslab.lowrank.tensors import FactoredExperts
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=40, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4, head_dim=10, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)).eval()
+    samples = [torch.randint(0, 64, (2, 30)) for _ in range(6)]
+    factorize(model, samples, share=.5, exclude=r"\.gate$", enable_tensor_lra=True, progress=False)
+    kinds = [type(m).__name__ for m in model.modules()]
+    assert kinds.count(FactoredExperts.__name__) == 2 and kinds.count(FactoredLinear.__name__) == 8
+    assert model(samples[0]).logits.isfinite().all()

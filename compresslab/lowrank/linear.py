@@ -177,7 +177,7 @@ def factors(
     left, right = truncate(goal if method == "whitened" else w, rank, hessian.matrix if method == "whitened" else None, damp)
     return (refit_left(goal, right, hessian.matrix, damp) if update else left), right
 
-# %% ../../nbs/lowrank/30_linear.ipynb #f4f54ba7
+# %% ../../nbs/lowrank/30_linear.ipynb #0ea8291b
 @torch.no_grad()
 def factorize(
     model, # A transformers model; changed in place
@@ -192,16 +192,21 @@ def factorize(
     length:int=512, # Tokens in a block, where calibration is a name
     seed:int=0, # Of their draw
     include=None, exclude=None, # Regular expressions on module names
+    enable_tensor_lra:bool=False, # Fused experts and convolutions too, by `lowrank.tensors`; with a share
     tokenizer=None, # Where calibration is a name; by default the one beside the model
     progress:bool=True,
 ): # The model
     "Replace linear layers by products of two thin ones (SVD-LLM, Wang et al. 2024, with asymmetric targets)."
     if method not in ("whitened", "plain"): raise ValueError(f"method={method!r} is not supported: use 'whitened' or 'plain'")
+    if enable_tensor_lra and share is None: raise ValueError("enable_tensor_lra needs a share: ranks by name are those of matrices")
     found, ranks = _plan(model, rank, share, include, exclude)
+    if calibration is None and (method == "whitened" or update): raise ValueError("calibration is missing: pass a data name or token ids, or method='plain', which needs none")
+    if enable_tensor_lra:
+        from compresslab.lowrank.tensors import factorize_tensors             # a later chapter, on this one
+        factorize_tensors(model, None if method == "plain" else calibration, share, damp=damp, samples=samples, length=length, seed=seed, include=include, exclude=exclude, tokenizer=tokenizer, progress=progress)
     if method == "plain" and not update:
         for n, names in found.items(): put_factors(model, names, *truncate(matrix(model.get_submodule(n)), ranks[n]))
         return model
-    if calibration is None: raise ValueError("calibration is missing: pass a data name or token ids, or method='plain', which needs none")
     inputs = calibration_inputs(model, calibration, samples, length, seed, tokenizer, found)
     for n, hessian in hessians(model, found, inputs, original=correct, progress=progress):
         put_factors(model, found[n], *factors(matrix(model.get_submodule(n)), ranks[n], hessian, method, correct, update, damp))
