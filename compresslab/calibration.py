@@ -6,7 +6,7 @@ Docs: https://compresslab.github.io/compresslab/calibration.html.md"""
 
 # %% auto #0
 __all__ = ['targets', 'calibration_inputs', 'Hessian', 'aim', 'input_groups', 'layer_hessian', 'token_masks', 'layer_input',
-           'group_hessians', 'hessians', 'end_hessian', 'damped', 'inverse_factor']
+           'group_hessians', 'hessians', 'end_hessian', 'reconstruct', 'damped', 'inverse_factor']
 
 # %% ../nbs/05_calibration.ipynb #2051ff60
 import torch
@@ -146,7 +146,7 @@ def layer_input(run, module, sample):
     finally: handle.remove()
     return seen[0] if seen else None
 
-# %% ../nbs/05_calibration.ipynb #6d27d643
+# %% ../nbs/05_calibration.ipynb #14230545
 @torch.no_grad()
 def group_hessians(
     model, visit, # A transformers model, and a visit to one of its layers
@@ -167,6 +167,7 @@ def hessians(
     inputs:list[dict], # As `calibration_inputs` returns them
     original:bool=False, # Also the correlation with what the untouched model would feed in
     progress:bool=True, # Show a bar
+    finish=None, # finish(visit) when all modules of a layer have been given out, before the next layer reads what it now produces
 ): # -> yields (name, its Hessian), in order of execution; what lies outside the layers comes last, embeddings with zeros
     "What every module to compress reads, one group of a layer at a time."
     rest = dict(found)
@@ -174,6 +175,7 @@ def hessians(
         names = {n: model.get_submodule(n) for n in found if n.startswith(visit.name + ".")}
         for group, hessian in group_hessians(model, visit, names, inputs, original):
             for n in group: rest.pop(n); yield n, hessian
+        if finish: finish(visit)
     for n, sharers in rest.items(): yield n, end_hessian(model, sharers, inputs)
 
 def end_hessian(model, names:list[str], inputs:list[dict]) -> Hessian: # names: of modules that share a weight
@@ -182,6 +184,34 @@ def end_hessian(model, names:list[str], inputs:list[dict]) -> Hessian: # names: 
     reader = next((m for m in modules if not isinstance(m, nn.Embedding)), None)
     if reader is None: return Hessian(matrix(modules[0]).shape[1], matrix(modules[0]).device)
     return layer_hessian(lambda s: model(**model_inputs(model, inputs[s]), use_cache=False), reader, len(inputs), masks=token_masks(inputs, model.config.is_encoder_decoder))
+
+# %% ../nbs/05_calibration.ipynb #9f95ed47
+def reconstruct(
+    visit, # A visit of `surgery.walk` with `keep_original`
+    groups:list[dict], # Of parameters in that layer, each with its learning rate, as optimizers take them
+    inputs:list[dict], # As `calibration_inputs` returns them
+    decoder:bool, # Of an encoder-decoder
+    steps:int=200,
+    batch:int=8, # Samples a step
+    seed:int=0, # Of their draw
+    after=lambda: None, # Called after each step
+) -> list[float]: # The error at each step, relative to the output
+    "Learn some parameters of a layer so that its output is what the untouched layer's was."
+    with torch.no_grad(): goals = [visit.original.run(s) for s in range(len(inputs))]
+    masks, batch = token_masks(inputs, decoder), min(batch, len(goals))
+    opt = torch.optim.Adam(groups, betas=(.9, .95))
+    rates, draw, size, errors = [g["lr"] for g in opt.param_groups], torch.Generator().manual_seed(seed), torch.stack([g.float().square().mean() for g in goals]).mean(), []
+    with torch.enable_grad():
+        for step in range(steps):
+            for g, r in zip(opt.param_groups, rates): g["lr"] = r*(1 - step/steps)
+            opt.zero_grad(); total = 0.
+            for s in torch.randperm(len(goals), generator=draw)[:batch].tolist():
+                error = (visit.run(s).float() - goals[s].float()).square()
+                loss = (error.mean() if masks[s] is None or masks[s].shape != error.shape[:2] else error[masks[s].bool().to(error.device)].mean())/size/batch
+                loss.backward(); total += loss.item()
+            opt.step(); after(); errors.append(total)
+    visit.layer.zero_grad()                                   # others in the layer had gradients too; they are not trained
+    return errors
 
 # %% ../nbs/05_calibration.ipynb #5a2bcdbd
 def damped(

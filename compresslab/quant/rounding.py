@@ -7,13 +7,13 @@ Docs: https://compresslab.github.io/compresslab/quant/rounding.html.md"""
 # %% auto #0
 __all__ = ['shrink', 'half_quadratic', 'hqq', 'learn_rounding']
 
-# %% ../../nbs/quant/17_rounding.ipynb #045d513e
+# %% ../../nbs/quant/17_rounding.ipynb #c1c92c19
 import torch
 from tqdm.auto import tqdm
 
 from .grid import ends_grid, groups, quantize, round_scale
 from .linear import PackedWeight
-from ..calibration import aim, calibration_inputs, group_hessians, targets, token_masks
+from ..calibration import aim, calibration_inputs, group_hessians, reconstruct, targets
 from .ptq import _quantize_ends, _Settings, check, pack_shared, width_of
 from .qat import QATLinear
 from ..surgery import matrix, replace, walk
@@ -79,21 +79,10 @@ def hqq(
         pack_shared(model, names, PackedWeight.from_codes(quantize(w, scale, zero, width, g), scale, zero, width, g, symmetric), activations)
     return model
 
-# %% ../../nbs/quant/17_rounding.ipynb #94176343
-def _learn(visit, layers, goals, masks, steps, lr, batch, seed):
-    "Adam on the roundings and step sizes of one layer of the model; returns its error at each step, relative to the output."
-    opt = torch.optim.Adam([dict(params=[m.weight for m in layers], lr=lr), dict(params=[m.step for m in layers], lr=lr/4)], betas=(.9, .95))
-    rates, draw, size, errors = [g["lr"] for g in opt.param_groups], torch.Generator().manual_seed(seed), torch.stack([g.float().square().mean() for g in goals]).mean(), []
-    for step in range(steps):
-        for g, r in zip(opt.param_groups, rates): g["lr"] = r*(1 - step/steps)
-        opt.zero_grad(); total = 0.
-        for s in torch.randperm(len(goals), generator=draw)[:batch].tolist():
-            error = (visit.run(s).float() - goals[s].float()).square()
-            loss = (error.mean() if masks[s] is None or masks[s].shape != error.shape[:2] else error[masks[s].bool().to(error.device)].mean())/size/batch
-            loss.backward(); total += loss.item()
-        opt.step(); errors.append(total)
-    visit.layer.zero_grad()                                   # norms and biases had gradients too; they are not trained
-    return errors
+# %% ../../nbs/quant/17_rounding.ipynb #637b63f4
+def _learn(visit, layers, inputs, decoder, steps, lr, batch, seed):
+    "Learn the roundings and step sizes of one layer of the model."
+    return reconstruct(visit, [dict(params=[m.weight for m in layers], lr=lr), dict(params=[m.step for m in layers], lr=lr/4)], inputs, decoder, steps, batch, seed)
 
 def learn_rounding(
     model, # A transformers model; changed in place
@@ -120,16 +109,14 @@ def learn_rounding(
     settings, rest = _Settings(bits, group_size, symmetric, True, damp, True, 3, activations), dict(found)
     for visit in walk(model, inputs, keep_original=True, progress=progress):
         names = {n: model.get_submodule(n) for n in found if n.startswith(visit.name + ".")}
-        masks, layers = token_masks(inputs, model.config.is_encoder_decoder and "decoder" in visit.name), {}
+        layers = {}
         with torch.no_grad():
             for group, hessian in group_hessians(model, visit, names, inputs, original=True):
                 for n in group:
                     w = matrix(names[n])
                     layers[n] = QATLinear.from_packed(settings.quantize(n, w, hessian), aim(w, hessian, damp), names[n].bias, activations, w == 0)
                     for other in found[n]: replace(model, other, layers[n])
-            goals = [visit.original.run(s) for s in range(len(inputs))]
-        if layers and steps:
-            with torch.enable_grad(): _learn(visit, [*layers.values()], goals, masks, steps, lr, min(batch, len(goals)), seed)
+        if layers and steps: _learn(visit, [*layers.values()], inputs, model.config.is_encoder_decoder and "decoder" in visit.name, steps, lr, batch, seed)
         for n, m in layers.items(): pack_shared(model, found[n], m.pack(), activations); rest.pop(n)
     with torch.no_grad(): _quantize_ends(model, rest, inputs, settings)
     return model
