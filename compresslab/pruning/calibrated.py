@@ -8,13 +8,13 @@ Docs: https://compresslab.github.io/compresslab/pruning/calibrated.html.md"""
 __all__ = ['wanda_mask', 'sparsegpt_matrix', 'improve_mask', 'best_on_support', 'wanda', 'sparsegpt', 'is_two_of_four',
            'use_sparse_kernels', 'pruning_sensitivity', 'choose_sparsity']
 
-# %% ../../nbs/pruning/20b_calibrated.ipynb #66c0fca1
+# %% ../../nbs/pruning/20b_calibrated.ipynb #15b31bc6
 import torch
 from torch import nn
 from torch.sparse import to_sparse_semi_structured
 
 from ..allocation import Sensitivity, fit_and_score, knapsack, measure_changes
-from ..calibration import aim, calibration_inputs, damped, hessians, inverse_factor
+from ..calibration import aim, calibration_inputs, damped, hessians, inverse_factor, reconstruct
 from .magnitude import check_sparsity, keep_best, named_shares, prunable, read_pattern
 from ..surgery import matrix
 
@@ -94,7 +94,7 @@ def best_on_support(
         p, size = z + new/size.clamp(min=1e-30)*p, new
     return v.masked_fill(~keep, 0)
 
-# %% ../../nbs/pruning/20b_calibrated.ipynb #407b6a9d
+# %% ../../nbs/pruning/20b_calibrated.ipynb #0f1ad0cf
 def _plan(model, sparsity, pattern, include, exclude) -> dict: # Name -> sparsity
     "What will be pruned how much, checked."
     names = prunable(model, include, exclude)
@@ -104,12 +104,13 @@ def _plan(model, sparsity, pattern, include, exclude) -> dict: # Name -> sparsit
     return {n: sparsity[n] if isinstance(sparsity, dict) else sparsity for n in names}
 
 @torch.no_grad()
-def _prune(model, calibration, plan, new_weight, original, samples, length, seed, tokenizer, progress):
+def _prune(model, calibration, plan, new_weight, original, samples, length, seed, tokenizer, progress, steps=0, lr=0.):
     "Give every matrix its new weights, in order of execution; all or nothing."
     found = {n: [n] for n in plan}
     inputs, before = calibration_inputs(model, calibration, samples, length, seed, tokenizer, found), {}
     try:
-        for name, hessian in hessians(model, found, inputs, original, progress):
+        finish = (lambda visit: _reconstruct(model, visit, plan, inputs, steps, lr, seed)) if steps else None
+        for name, hessian in hessians(model, found, inputs, original, progress, finish):
             w = matrix(model.get_submodule(name)).data
             before[name] = w.to("cpu", copy=True)
             new = new_weight(w, hessian, plan[name])
@@ -119,6 +120,18 @@ def _prune(model, calibration, plan, new_weight, original, samples, length, seed
         for n, w in before.items(): matrix(model.get_submodule(n)).data.copy_(w)
         raise
     return model
+
+def _reconstruct(model, visit, plan, inputs, steps, lr, seed):
+    "Let the weights that stay learn together what the layer's output was."
+    weights = [model.get_submodule(n).weight for n in plan if n.startswith(visit.name + ".")]
+    gone, trained = [w == 0 for w in weights], [w.requires_grad for w in weights]
+    def keep_zeros():
+        with torch.no_grad():
+            for w, z in zip(weights, gone): w.masked_fill_(z, 0)
+    for w in weights: w.requires_grad_(True)
+    try: reconstruct(visit, [dict(params=weights, lr=lr)], inputs, model.config.is_encoder_decoder and "decoder" in visit.name, steps, seed=seed, after=keep_zeros)
+    finally:
+        for w, t in zip(weights, trained): w.requires_grad_(t)
 
 def wanda(
     model, # A transformers model; changed in place
@@ -144,6 +157,8 @@ def sparsegpt(
     pattern:str|None=None, # N:M, such as "2:4", instead of a share
     correct:bool=True, # Aim each layer at the original's outputs, not at its own on pruned inputs
     refine:int=20, # Rounds of ADMM on the mask, then least squares on it; plain SparseGPT is correct=False, refine=0
+    steps:int=0, # Of Adam for each layer afterwards, on the weights that stay, towards the untouched layer's output; with correct=True
+    lr:float=.002, # Its rate at the start
     damp:float=.01, # Share of the mean diagonal added to each Hessian
     samples:int=128, # Calibration blocks, where calibration is a name
     length:int=512, # Tokens in a block, where calibration is a name
@@ -154,8 +169,9 @@ def sparsegpt(
 ): # The model
     "SparseGPT (Frantar & Alistarh 2023), with asymmetric targets, a mask improved by ADMM and least squares on it."
     plan = _plan(model, sparsity, pattern, include, exclude)
+    if steps and not correct: raise ValueError("steps needs correct=True, which keeps the untouched layers to learn from")
     def new_weight(w, hessian, share): return _sparse(aim(w, hessian, damp) if correct else w, hessian.matrix, share, pattern, damp, refine)
-    return _prune(model, calibration, plan, new_weight, correct, samples, length, seed, tokenizer, progress)
+    return _prune(model, calibration, plan, new_weight, correct, samples, length, seed, tokenizer, progress, steps, lr)
 
 def _sparse(w, hessian, sparsity, pattern, damp, refine):
     "SparseGPT and, with rounds to refine, what comes after it."
