@@ -1,7 +1,14 @@
 """Compress transformer language models, and know exactly what you got."""
 __version__ = "0.1.0"
 
+from compresslab.distillation.cascade import ProgressiveDistillation
+from compresslab.distillation.students import student_of
+from compresslab.distillation.trainer import DistillationTrainer
 from compresslab.ledger import Ledger, Row, held_out, measure
+from compresslab.lowrank.embedding import factorize_embedding
+from compresslab.lowrank.kv import latent_kv
+from compresslab.lowrank.linear import choose_ranks, factorize, rank_sensitivity
+from compresslab.lowrank.tensors import factorize_tensors
 from compresslab.pruning.calibrated import choose_sparsity, pruning_sensitivity, sparsegpt, wanda
 from compresslab.pruning.experts import ProgressivePruningScheduler, prune_experts, track_usage
 from compresslab.pruning.magnitude import MagnitudePruner
