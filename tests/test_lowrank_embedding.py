@@ -46,7 +46,7 @@ def test_recovery_of_a_quarter_of_the_numbers(pylm):
 
 
 FRESH = """
-import sys, torch, compresslab.lowrank.linear
+import sys, torch, compresslab
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(), AutoTokenizer.from_pretrained(sys.argv[1])
 ids = tokenizer("def f(x):\\n    return", return_tensors="pt")["input_ids"]
