@@ -9,6 +9,7 @@ from compresslab.lowrank.embedding import factorize_embedding
 from compresslab.lowrank.kv import latent_kv
 from compresslab.lowrank.linear import choose_ranks, factorize, rank_sensitivity
 from compresslab.lowrank.tensors import factorize_tensors
+from compresslab.lowrank.vocabulary import trim_vocabulary
 from compresslab.pruning.calibrated import choose_sparsity, pruning_sensitivity, sparsegpt, wanda
 from compresslab.pruning.experts import ProgressivePruningScheduler, prune_experts, track_usage
 from compresslab.pruning.magnitude import MagnitudePruner
