@@ -218,7 +218,7 @@ def cast_buffers(model, manifest):
         module = model.get_submodule(owner)
         module._buffers[key] = module._buffers[key].to(getattr(torch, dtype))
 
-# %% ../nbs/04_store.ipynb #e806fe16
+# %% ../nbs/04_store.ipynb #1c9d1a24
 def _encode(model, tensors:dict, entropy:bool) -> dict: # Name -> bytes in the file, of those that took another layout
     "Put a row of bytes in the place of every tensor that is smaller so."
     encoded = {}
@@ -230,7 +230,6 @@ def _encode(model, tensors:dict, entropy:bool) -> dict: # Name -> bytes in the f
         tensors[name], encoded[name] = torch.frombuffer(bytearray(blob), dtype=torch.uint8), len(blob)
     return encoded
 
-# %% ../nbs/04_store.ipynb #2cd6b7d0
 def bytes_beside(
     model, # A transformers model
     modules:dict[str, list[str]], # That will be replaced, as `calibration.targets` returns them

@@ -94,7 +94,7 @@ def best_on_support(
         p, size = z + new/size.clamp(min=1e-30)*p, new
     return v.masked_fill(~keep, 0)
 
-# %% ../../nbs/pruning/20b_calibrated.ipynb #0f1ad0cf
+# %% ../../nbs/pruning/20b_calibrated.ipynb #215e199e
 def _plan(model, sparsity, pattern, include, exclude) -> dict: # Name -> sparsity
     "What will be pruned how much, checked."
     names = prunable(model, include, exclude)
@@ -121,6 +121,7 @@ def _prune(model, calibration, plan, new_weight, original, samples, length, seed
         raise
     return model
 
+# %% ../../nbs/pruning/20b_calibrated.ipynb #4f1fa7c1
 def _reconstruct(model, visit, plan, inputs, steps, lr, seed):
     "Let the weights that stay learn together what the layer's output was."
     weights = [model.get_submodule(n).weight for n in plan if n.startswith(visit.name + ".")]
@@ -133,6 +134,7 @@ def _reconstruct(model, visit, plan, inputs, steps, lr, seed):
     finally:
         for w, t in zip(weights, trained): w.requires_grad_(t)
 
+# %% ../../nbs/pruning/20b_calibrated.ipynb #088fe86e
 def wanda(
     model, # A transformers model; changed in place
     calibration, # A data name such as "python-stdlib", or a list of token-id tensors (T,) or (B, T), or of dicts of model inputs
@@ -150,6 +152,7 @@ def wanda(
     def new_weight(w, hessian, share): return w.masked_fill(~wanda_mask(w, hessian.matrix, share, pattern), 0)
     return _prune(model, calibration, plan, new_weight, False, samples, length, seed, tokenizer, progress)
 
+# %% ../../nbs/pruning/20b_calibrated.ipynb #c1ac6f1c
 def sparsegpt(
     model, # A transformers model; changed in place
     calibration, # A data name such as "python-stdlib", or a list of token-id tensors (T,) or (B, T), or of dicts of model inputs
