@@ -7,14 +7,14 @@ Docs: https://compresslab.github.io/compresslab/distillation/cascade.html.md"""
 # %% auto #0
 __all__ = ['asked', 'check_sizes', 'ProgressiveDistillation']
 
-# %% ../../nbs/distillation/42_cascade.ipynb #e2844ad4
-import hashlib, json, math, shutil, time
+# %% ../../nbs/distillation/42_cascade.ipynb #450798bb
+import json, math, shutil, time
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .losses import fingerprint
+from .losses import _read_rows, fingerprint
 from .students import student_of
 from .trainer import DistillationTrainer, check_loss
 from ..store import load, save
@@ -34,14 +34,7 @@ def check_sizes(sizes):
     shares = [s for s in sizes if not isinstance(s, dict)]
     if any(a <= b for a, b in zip(shares, shares[1:])): raise ValueError(f"model_sizes {sizes} do not fall: begin with the largest")
 
-# %% ../../nbs/distillation/42_cascade.ipynb #94cabd0e
-def _hash(data) -> str: # data: a map-style dataset of dicts of tensors
-    "Of all rows."
-    h = hashlib.sha256()
-    for i in range(len(data)):
-        for k, v in sorted(data[i].items()): h.update(k.encode()); h.update(v.contiguous().numpy())
-    return h.hexdigest()
-
+# %% ../../nbs/distillation/42_cascade.ipynb #300b68c6
 def _write(file:Path, content):
     "JSON, beside and then renamed."
     new = file.with_name(f".{file.name}"); new.write_text(json.dumps(content, indent=1)); new.rename(file)
@@ -56,7 +49,7 @@ def _claim(folder:Path, about:dict):
     other = [k for k, v in about.items() if saved.get(k) != v]
     if other: raise ValueError(f"{folder} holds another cascade (its {', '.join(other)} differ): choose another folder, or remove it")
 
-# %% ../../nbs/distillation/42_cascade.ipynb #a672ed74
+# %% ../../nbs/distillation/42_cascade.ipynb #32a060fb
 class ProgressiveDistillation:
     "A cascade of students, each the teacher of the next."
     def __init__(self,
@@ -92,7 +85,7 @@ class ProgressiveDistillation:
         shares = [1/len(self.model_sizes)]*len(self.model_sizes) if shares is None else [*shares]
         if len(shares) != len(self.model_sizes) or min(shares) <= 0 or not math.isclose(sum(shares), 1): raise ValueError(f"shares {shares} are not supported: one for each of {len(self.model_sizes)} stages, above 0, together 1")
         folder, whole = Path(folder), params(teacher)
-        _claim(folder, json.loads(json.dumps(dict(sizes=self.model_sizes, loss=self.loss, tokens=tokens, shares=shares, options={k: v for k, v in options.items() if not callable(v)}, teacher=fingerprint(teacher), data=_hash(data)), default=str)))
+        _claim(folder, json.loads(json.dumps(dict(sizes=self.model_sizes, loss=self.loss, tokens=tokens, shares=shares, options={k: v for k, v in options.items() if not callable(v)}, teacher=fingerprint(teacher), data=_read_rows(data, teacher.config.is_encoder_decoder)[0]), default=str)))
         self.stages, given = [], {k: v for k, v in dict(tokenizer=tokenizer).items() if v is not None}
         for i, (size, share) in enumerate(tqdm([*zip(self.model_sizes, shares)], desc="cascade", disable=not progress)):
             place = folder/f"stage-{i + 1}"

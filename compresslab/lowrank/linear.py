@@ -123,7 +123,7 @@ def refit_left(
     h, q = damped(hessian, damp), right.double()
     return torch.linalg.lstsq((q @ h @ q.T), (w.detach().double() @ h @ q.T).T).solution.T.float().contiguous()
 
-# %% ../../nbs/lowrank/30_linear.ipynb #08a7ba9e
+# %% ../../nbs/lowrank/30_linear.ipynb #4bb8ecb0
 def most_rank(rows:int, cols:int) -> int:
     "The largest rank that takes fewer numbers than the matrix."
     return (rows*cols - 1)//(rows + cols)
@@ -132,11 +132,11 @@ def rank_for(rows:int, cols:int, share:float) -> int: # At least 1
     "The largest rank whose factors take at most this share of the matrix's numbers."
     return max(1, int(share*rows*cols/(rows + cols)))
 
-def _plan(model, rank, share, include, exclude, embeddings=False) -> tuple[dict, dict]: # Modules as `targets` gives them, ranks by name
+def _plan(model, rank, share, include, exclude) -> tuple[dict, dict]: # Modules as `targets` gives them, ranks by name
     "The rank of every matrix, checked; nothing is touched."
     if (rank is None) == (share is None): raise ValueError("give one of rank and share")
     if share is not None and not 0 < share < 1: raise ValueError(f"share={share} is not supported: it is a part of each matrix's numbers, above 0 and below 1")
-    found = targets(model, include, exclude, embeddings)
+    found = targets(model, include, exclude)
     if isinstance(rank, dict):
         unknown = next((n for n in rank if n not in found), None)
         if unknown: raise ValueError(f"rank names '{unknown}', which is no matrix to factorize; there are {', '.join([*found][:3])} and {max(0, len(found) - 3)} more")
