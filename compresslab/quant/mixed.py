@@ -7,11 +7,10 @@ Docs: https://compresslab.github.io/compresslab/quant/mixed.html.md"""
 # %% auto #0
 __all__ = ['sensitivity', 'choose_widths', 'packed_widths', 'mixed_precision']
 
-# %% ../../nbs/quant/18_mixed.ipynb #37233094
+# %% ../../nbs/quant/18_mixed.ipynb #324597fd
 import warnings
 
 import torch
-from torch import nn
 
 from ..allocation import Sensitivity, fit_and_score, knapsack, measure_changes
 from ..calibration import calibration_inputs, hessians, targets
