@@ -6,9 +6,9 @@ Docs: https://compresslab.github.io/compresslab/quant/qat.html.md"""
 
 # %% auto #0
 __all__ = ['center_and_levels', 'straight_through', 'wide', 'fake_quantize', 'QATLinear', 'Observer', 'fake_quantize_input',
-           'prepare_qat', 'calibrate', 'convert']
+           'QATEmbedding', 'prepare_qat', 'calibrate', 'convert']
 
-# %% ../../nbs/quant/13_qat.ipynb #5442c3ff
+# %% ../../nbs/quant/13_qat.ipynb #0d06ea78
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .grid import fit_grid, groups, round_scale
 from .kernels import rounded
-from .linear import PackedLinear, PackedWeight
+from .linear import PackedEmbedding, PackedLinear, PackedWeight
 from ..calibration import targets
 from .ptq import check, width_of
 from ..store import swap
@@ -56,7 +56,7 @@ def fake_quantize(
     u = (w/s + z).clamp(0, levels - 1)
     return (straight_through(u, u.round()) - z)*s
 
-# %% ../../nbs/quant/13_qat.ipynb #b72f788f
+# %% ../../nbs/quant/13_qat.ipynb #d4d5d492
 class QATLinear(nn.Module):
     "A linear layer that multiplies by rounded weights and trains the float ones. x: (..., in) -> (..., out)."
     def __init__(self, weight, scale, zero, bits:int, group_size:int, center=None, levels=None, bias=None, activations:str="float", zeros=None):
@@ -76,7 +76,7 @@ class QATLinear(nn.Module):
         scale, zero = fit_grid(w, bits, g, center is not None, search)
         if grid in ("balanced", "ternary"): scale = round_scale(_fit_scale(w, center, levels, g))
         if grid == "balanced" and (w == 0).float().mean() > .05: raise ValueError("the balanced grid has no zero, so pruned weights would not stay pruned: use grid='symmetric'")
-        return cls(w, scale, zero if center is None else torch.full_like(scale, center, dtype=torch.float32), bits, g, center, levels, module.bias, activations, None if grid == "balanced" else w == 0)
+        return cls(w, scale, zero if center is None else torch.full_like(scale, center, dtype=torch.float32), bits, g, center, levels, getattr(module, "bias", None), activations, None if grid == "balanced" else w == 0)
 
     @classmethod
     def from_packed(cls, packed, w, bias=None, activations:str="float", zeros=None):
@@ -167,7 +167,15 @@ def fake_quantize_input(x, scale, layer):
     u = (x/s).clamp(-127, 127)
     return straight_through(u, u.round())*s
 
-# %% ../../nbs/quant/13_qat.ipynb #0626e326
+# %% ../../nbs/quant/13_qat.ipynb #5dad73da
+class QATEmbedding(nn.Module):
+    "Rows of a `QATLinear`, perhaps that of the tied head. ids: (...) integers -> (..., D)."
+    def __init__(self, table:QATLinear, old:nn.Embedding):
+        super().__init__()
+        self.table, self.dtype, self.padding_idx = table, old.weight.dtype, old.padding_idx
+    def forward(self, ids): return F.embedding(ids, self.table.rounded_weight()).to(self.dtype)
+
+# %% ../../nbs/quant/13_qat.ipynb #97ad6d20
 def prepare_qat(
     model, # A transformers model, float or with packed layers; changed in place
     bits:int|dict=4, # 2 to 8, for all or by module name; packed layers keep their own
@@ -177,15 +185,18 @@ def prepare_qat(
     search:bool=True, # Start from clipping search; False from min-max
     include=None, exclude=None, # Regular expressions on module names
     original=None, # The float model that a packed one came from
+    embeddings:bool=False, # Embeddings and the output head too
 ): # The model, in training mode
-    "Put fake quantization into every linear layer except the head."
+    "Put fake quantization into every linear layer."
     if activations not in ("float", "int8", "static"): raise ValueError(f"activations={activations!r} is not supported: use 'float', 'int8' or 'static'")
     if any(isinstance(m, PackedLinear) for m in model.modules()): return _unpack_for_training(model, original, activations)
-    found = check(model, targets(model, include, exclude), bits, group_size)
+    found = check(model, targets(model, include, exclude, embeddings), bits, group_size)
     for width in {width_of(bits, n) for n in found}: center_and_levels(grid, width)
     for name, names in found.items():
-        layer = QATLinear.from_module(model.get_submodule(name), width_of(bits, name), group_size, grid, activations, search)
-        for n in names: replace(model, n, layer)
+        modules = {n: model.get_submodule(n) for n in names}
+        head = next((m for m in modules.values() if not isinstance(m, nn.Embedding)), modules[name])     # its bias comes along
+        layer = QATLinear.from_module(head, width_of(bits, name), group_size, grid, activations, search)
+        for n, m in modules.items(): replace(model, n, QATEmbedding(layer, m) if isinstance(m, nn.Embedding) else layer)
     return model.train()
 
 def _unpack_for_training(model, original, activations):
@@ -197,7 +208,7 @@ def _unpack_for_training(model, original, activations):
         replace(model, name, layer)
     return model.train()
 
-# %% ../../nbs/quant/13_qat.ipynb #72e79371
+# %% ../../nbs/quant/13_qat.ipynb #3cca1ed3
 @torch.no_grad()
 def calibrate(
     model, # Prepared with activations="static"
@@ -237,5 +248,8 @@ def convert(
         if not (torch.isfinite(m.weight).all() and torch.isfinite(m.step).all()): raise ValueError(f"{names[0]} holds NaN or infinite weights: training diverged, lower lr")
     for m, names in found.values():
         weight = m.pack()
-        for n in names: swap(model, n, PackedLinear(weight, m.bias, "int8" if m.activations == "int8" else "float", None if m.input_scale is None else m.input_scale.detach().abs().clone()))
+        for n in names:
+            owner = model.get_submodule(n.rpartition(".")[0])
+            if isinstance(owner, QATEmbedding): swap(model, n.rpartition(".")[0], PackedEmbedding(weight, owner.dtype, owner.padding_idx))
+            else: swap(model, n, PackedLinear(weight, m.bias, "int8" if m.activations == "int8" else "float", None if m.input_scale is None else m.input_scale.detach().abs().clone()))
     return model.eval()
