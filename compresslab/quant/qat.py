@@ -56,27 +56,29 @@ def fake_quantize(
     u = (w/s + z).clamp(0, levels - 1)
     return (straight_through(u, u.round()) - z)*s
 
-# %% ../../nbs/quant/13_qat.ipynb #d4d5d492
+# %% ../../nbs/quant/13_qat.ipynb #519e199a
 class QATLinear(nn.Module):
     "A linear layer that multiplies by rounded weights and trains the float ones. x: (..., in) -> (..., out)."
-    def __init__(self, weight, scale, zero, bits:int, group_size:int, center=None, levels=None, bias=None, activations:str="float", zeros=None):
+    def __init__(self, weight, scale, zero, bits:int, group_size:int, center=None, levels=None, bias=None, activations:str="float", zeros=None, shared_scale:bool=False):
         super().__init__()
+        if shared_scale: scale = round_scale(scale.float().mean().expand(scale.shape).contiguous())
         self.bits, self.group_size, self.center, self.levels, self.activations = bits, group_size, center, levels or 2**bits, activations
         self.dtype, self.bias = scale.dtype, None if bias is None else nn.Parameter(bias.detach().clone())
-        self.weight, self.step = nn.Parameter(weight/wide(scale.float(), group_size, weight.shape[1])), nn.Parameter(torch.ones_like(scale, dtype=torch.float32))
+        self.weight, self.step = nn.Parameter(weight/wide(scale.float(), group_size, weight.shape[1])), nn.Parameter(torch.ones((1, 1) if shared_scale else scale.shape))
         self.register_buffer("start", scale.float()); self.register_buffer("zero", zero.float())
         self.register_buffer("kept", None if zeros is None or not zeros.any() else ~zeros)           # a pruned weight stays zero
         self.register_parameter("input_scale", None)
 
     @classmethod
-    def from_module(cls, module, bits:int, group_size:int, grid:str="asymmetric", activations:str="float", search:bool=True):
+    def from_module(cls, module, bits:int, group_size:int, grid:str="asymmetric", activations:str="float", search:bool=True, shared_scale:bool=False):
         "Start from a linear layer, each group on its best grid."
         w = matrix(module).detach().float().clone(memory_format=torch.contiguous_format)
         g, (center, levels) = group_size or w.shape[1], center_and_levels(grid, bits)
         scale, zero = fit_grid(w, bits, g, center is not None, search)
         if grid in ("balanced", "ternary"): scale = round_scale(_fit_scale(w, center, levels, g))
         if grid == "balanced" and (w == 0).float().mean() > .05: raise ValueError("the balanced grid has no zero, so pruned weights would not stay pruned: use grid='symmetric'")
-        return cls(w, scale, zero if center is None else torch.full_like(scale, center, dtype=torch.float32), bits, g, center, levels, getattr(module, "bias", None), activations, None if grid == "balanced" else w == 0)
+        if shared_scale and center is None: raise ValueError("the asymmetric grid has a zero point for every group, which one scale for all cannot serve: use grid='symmetric', 'balanced' or 'ternary'")
+        return cls(w, scale, zero if center is None else torch.full_like(scale, center, dtype=torch.float32), bits, g, center, levels, getattr(module, "bias", None), activations, None if grid == "balanced" else w == 0, shared_scale)
 
     @classmethod
     def from_packed(cls, packed, w, bias=None, activations:str="float", zeros=None):
@@ -95,7 +97,7 @@ class QATLinear(nn.Module):
 
     def scale(self) -> torch.Tensor: # (R, G), on values that 16 bits can say
         "The step sizes, with LSQ's gradient scale."
-        share = (self.group_size*(self.levels - 1))**-.5
+        share = (self.weight.numel()/self.step.numel()*(self.levels - 1))**-.5
         s = self.start*straight_through(self.step*share, self.step).abs().clamp(min=1e-3)
         return straight_through(s, s.to(self.dtype).float())
 
@@ -175,7 +177,7 @@ class QATEmbedding(nn.Module):
         self.table, self.dtype, self.padding_idx = table, old.weight.dtype, old.padding_idx
     def forward(self, ids): return F.embedding(ids, self.table.rounded_weight()).to(self.dtype)
 
-# %% ../../nbs/quant/13_qat.ipynb #97ad6d20
+# %% ../../nbs/quant/13_qat.ipynb #92604d1e
 def prepare_qat(
     model, # A transformers model, float or with packed layers; changed in place
     bits:int|dict=4, # 2 to 8, for all or by module name; packed layers keep their own
@@ -186,6 +188,7 @@ def prepare_qat(
     include=None, exclude=None, # Regular expressions on module names
     original=None, # The float model that a packed one came from
     embeddings:bool=False, # Embeddings and the output head too
+    shared_scale:bool=False, # One learned step size for each whole matrix, as in BitNet b1.58, which `save(entropy=True)` stores in no room
 ): # The model, in training mode
     "Put fake quantization into every linear layer."
     if activations not in ("float", "int8", "static"): raise ValueError(f"activations={activations!r} is not supported: use 'float', 'int8' or 'static'")
@@ -195,7 +198,7 @@ def prepare_qat(
     for name, names in found.items():
         modules = {n: model.get_submodule(n) for n in names}
         head = next((m for m in modules.values() if not isinstance(m, nn.Embedding)), modules[name])     # its bias comes along
-        layer = QATLinear.from_module(head, width_of(bits, name), group_size, grid, activations, search)
+        layer = QATLinear.from_module(head, width_of(bits, name), group_size, grid, activations, search, shared_scale)
         for n, m in modules.items(): replace(model, n, QATEmbedding(layer, m) if isinstance(m, nn.Embedding) else layer)
     return model.train()
 

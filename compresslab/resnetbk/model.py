@@ -194,7 +194,14 @@ def _unpadded_before(attention_mask, x): # (B, past + N) -> (B, N)
     if attention_mask.shape[1] < x.shape[1]: raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns for {x.shape[1]} tokens")
     return F.pad(attention_mask, (1, 0), value=0)[:, -x.shape[1] - 1:-1].to(torch.float32)
 
-# %% ../../nbs/resnetbk/76_model.ipynb #4fdae9c4
+# %% ../../nbs/resnetbk/76_model.ipynb #e1beb9f3
+def _balance(model):
+    "The mean load balancing loss of the mixtures, which forget it: kept, it would hold the graph."
+    found = [m for m in model.modules() if isinstance(m, MoE) and m.balance is not None]
+    total = sum(m.balance for m in found)/len(found) if found else None
+    for m in found: m.balance = None
+    return total
+
 class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
     "A ResNet-BK model with a head for the next token."
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -215,8 +222,7 @@ class ResNetBKForCausalLM(ResNetBKPreTrainedModel, GenerationMixin):
         x, states = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, bool(output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states))
         logits = self.lm_head(x[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep])
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs) if labels is not None else None
-        balances = [m.balance for m in self.modules() if isinstance(m, MoE)] if self.training else []
-        balance = sum(balances)/len(balances) if balances else None
+        balance = _balance(self)
         if loss is not None and balance is not None: loss = loss + self.config.router_aux_loss_coef*balance
         out = MoeCausalLMOutputWithPast(loss=loss, aux_loss=balance, logits=logits, past_key_values=past_key_values, hidden_states=states)
         return out if return_dict is not False else out.to_tuple()
