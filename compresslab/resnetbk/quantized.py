@@ -56,7 +56,7 @@ class FakeQuantizeReal(nn.Module):
     def extra_repr(self): return f"bits={self.bits}"
     _apply = keep_dtype # The range keeps its dtype
 
-# %% ../../nbs/resnetbk/77_quantized.ipynb #2f134e20
+# %% ../../nbs/resnetbk/77_quantized.ipynb #dcd31ffc
 class _Calibrated(nn.Module):
     "Something with a `FakeQuantizeReal` named `diagonal` and a `FakeQuantizeComplex` named `features`."
     stack = None # What is open while calibrating
@@ -78,7 +78,13 @@ class _Calibrated(nn.Module):
     def check_calibrated(self):
         if self.stack is not None or not self.features.scale.all(): raise RuntimeError(f"{type(self).__name__} is not calibrated: start_calibration(), run some batches, end_calibration()")
 
-# %% ../../nbs/resnetbk/77_quantized.ipynb #82d05c01
+    def to_int8_inference(self) -> "Int8BKCore":
+        "The same function with bytes at both ends; this core stays as it is."
+        if self.bits != 8 or not self.enable_quantization: raise ValueError(f"bits={self.bits}, enable_quantization={self.enable_quantization}: int8 needs a core that quantizes to 8 bits")
+        self.check_calibrated()
+        return Int8BKCore(self)
+
+# %% ../../nbs/resnetbk/77_quantized.ipynb #89e055ea
 class QuantizedBKCore(_Calibrated):
     "`bk_core` with a rounded diagonal and rounded features, one grid for each tensor."
     def __init__(self,
@@ -112,12 +118,6 @@ class QuantizedBKCore(_Calibrated):
         z, upper=1., lower=1., before=None, # As `bk_core` takes them
     ) -> torch.Tensor: # The same shape, complex; `torch.view_as_real` gives the features (..., 2)
         return self.round_features(bk_core(self.round_diagonal(diagonal), z, upper, lower, dim=1, causal=self.causal, before=before))
-
-    def to_int8_inference(self) -> "Int8BKCore":
-        "The same function with bytes at both ends; this core stays as it is."
-        if self.bits != 8 or not self.enable_quantization: raise ValueError(f"bits={self.bits}, enable_quantization={self.enable_quantization}: int8 needs a core that quantizes to 8 bits")
-        self.check_calibrated()
-        return Int8BKCore(self)
 
     def extra_repr(self): return f"n_seq={self.n_seq}, enable_quantization={self.enable_quantization}, causal={self.causal}"
 
@@ -214,7 +214,7 @@ def quantize_core(
     for n, m in new.items(): swap(model, n, m)
     return model
 
-# %% ../../nbs/resnetbk/77_quantized.ipynb #1c2ffc9e
+# %% ../../nbs/resnetbk/77_quantized.ipynb #80933dd3
 def _taken_over(cls, moe:MoE):
     "A layer of another class with everything that `moe` has; the modules are shared."
     if not isinstance(moe, MoE): raise TypeError(f"a {type(moe).__name__} is no mixture of experts: pass a resnetbk.model.MoE")
@@ -230,6 +230,7 @@ def _tokens(layer, hidden): # (N, D)
     if not torch.isfinite(hidden).all(): raise ValueError("the hidden states hold NaN or infinite values")
     return hidden.detach().flatten(0, -2)
 
+# %% ../../nbs/resnetbk/77_quantized.ipynb #522aa6a1
 class QuantizedMoELayer(MoE):
     "A mixture of experts that can be packed. x (B, N, D) -> (B, N, D)."
     def __init__(self,
