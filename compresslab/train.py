@@ -35,7 +35,7 @@ def cosine(
     if step < rise: return (step + 1)/rise
     return final + (1 - final)*.5*(1 + math.cos(math.pi*(step - rise)/max(steps - rise, 1)))
 
-# %% ../nbs/03_train.ipynb #0b1b2405
+# %% ../nbs/03_train.ipynb #60d406ef
 def optimizers(
     model:torch.nn.Module,
     name:str="adamw", # "adamw" or "muon"
@@ -46,9 +46,9 @@ def optimizers(
     if name not in ("adamw", "muon"): raise ValueError(f"optimizer '{name}' is unknown: use adamw or muon")
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not params: raise ValueError("nothing to train: every parameter has requires_grad=False")
-    ends = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    ends |= {id(p) for n, p in params.items() if n.startswith("lm_head")}
-    inner = [p for p in params.values() if name == "muon" and p.ndim == 2 and id(p) not in ends]
+    vocabulary = [f() for f in (getattr(model, k, None) for k in ("get_input_embeddings", "get_output_embeddings")) if f]   # factored ones have matrices of their own
+    ends = {id(p) for m in [*vocabulary, *(m for m in model.modules() if isinstance(m, torch.nn.Embedding))] if m is not None for p in m.parameters()}
+    inner = [p for n, p in params.items() if name == "muon" and p.ndim == 2 and n.endswith("weight") and id(p) not in ends]   # step sizes of QAT are no weights
     rest = [p for p in params.values() if not any(p is q for q in inner)]
     groups = [dict(params=[p for p in rest if p.ndim > 1], weight_decay=weight_decay), dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.)]
     made = [torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(.9, .95))] if rest else []

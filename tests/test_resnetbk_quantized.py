@@ -19,7 +19,7 @@ from compresslab.store import find_tokenizer, load, save, stored_bytes
 from compresslab.surgery import replace
 from compresslab.train import evaluate, fit
 
-SHAPES = dict(plain=dict(), mlp=dict(num_experts=1, top_k=1), uncoupled=dict(coupling=False), unbiased=dict(bias=False), groups=dict(n_groups=2, n_layers=4), narrow=dict(n_channels=3),
+SHAPES = dict(plain=dict(), mlp=dict(num_experts=0), uncoupled=dict(coupling=False), unbiased=dict(bias=False), groups=dict(n_groups=2, n_layers=4), narrow=dict(n_channels=3),
               untied=dict(tie_word_embeddings=False), wide=dict(v_max=3.))
 
 

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .core import bk_core
 
-# %% ../../nbs/resnetbk/76_model.ipynb #eb4a4c48
+# %% ../../nbs/resnetbk/76_model.ipynb #e6287b64
 class ResNetBKConfig(PreTrainedConfig):
     "What a ResNet-BK model is made of."
     model_type = "resnet_bk"
@@ -32,7 +32,7 @@ class ResNetBKConfig(PreTrainedConfig):
         d_model:int=64, # Width of the residual stream
         n_layers:int=4, # How often the stream goes through a layer
         n_seq:int=128, # Tokens in a training sequence
-        num_experts:int=4, # In each layer; 1: a plain MLP
+        num_experts:int=4, # In each layer; 0: a plain MLP
         top_k:int=1, # Experts that each token gets; kept as `num_experts_per_tok`, since `generate` has a top_k of its own
         d_ff:int|None=None, # Width of an expert; by default 4 d_model
         n_channels:int|None=None, # H: chains in each layer; by default d_model
@@ -50,7 +50,7 @@ class ResNetBKConfig(PreTrainedConfig):
         self.v_max, self.coupling, self.bias, self.hidden_act, self.router_aux_loss_coef = v_max, coupling, bias, hidden_act, router_aux_loss_coef
         self.initializer_range, self.layer_norm_eps = initializer_range, layer_norm_eps
         if n_layers % self.n_groups: raise ValueError(f"n_layers={n_layers} is no multiple of n_groups={self.n_groups}")
-        if not 1 <= self.num_experts_per_tok <= num_experts: raise ValueError(f"top_k={self.num_experts_per_tok} must lie between 1 and num_experts={num_experts}")
+        if num_experts and not 1 <= self.num_experts_per_tok <= num_experts: raise ValueError(f"top_k={self.num_experts_per_tok} must lie between 1 and num_experts={num_experts}")
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 # %% ../../nbs/resnetbk/76_model.ipynb #5b610459
@@ -65,7 +65,7 @@ class ResNetBKCache(Cache):
         return None if s is None else torch.view_as_complex(s)
     def keep(self, g, layer_idx:int): self.update_recurrent_state(torch.view_as_real(g.detach()), layer_idx)
 
-# %% ../../nbs/resnetbk/76_model.ipynb #faecebaf
+# %% ../../nbs/resnetbk/76_model.ipynb #1916acc5
 class BKMixer(nn.Module):
     "Features of the causal Green's function. x (B, N, D) -> (B, N, D)."
     def __init__(self, config):
@@ -97,7 +97,9 @@ class BKMixer(nn.Module):
     def forward(self, x, past_key_values=None, keep=None, layer_idx:int=0):
         g = self.green(x, keep, None if past_key_values is None else past_key_values.state(layer_idx))
         if past_key_values is not None: past_key_values.keep(g[:, -1], layer_idx)
-        return self.o_proj(self.norm(torch.cat((g.real, g.imag), -1).to(x.dtype)))
+        return self.read(g, x.dtype)
+
+    def read(self, g, dtype): return self.o_proj(self.norm(torch.cat((g.real, g.imag), -1).to(dtype)))
 
 # %% ../../nbs/resnetbk/76_model.ipynb #b06f6ef4
 class Expert(nn.Module):
@@ -132,7 +134,7 @@ class MoE(nn.Module):
             self.balance = self.num_experts*(share*probability.mean(0)).sum()
         return out.view_as(x)
 
-# %% ../../nbs/resnetbk/76_model.ipynb #27ef492c
+# %% ../../nbs/resnetbk/76_model.ipynb #89920472
 class ResNetBKLayer(nn.Module):
     "One residual layer: mixer, then MLP or experts."
     def __init__(self, config):
@@ -140,7 +142,7 @@ class ResNetBKLayer(nn.Module):
         self.mixer_norm = nn.LayerNorm(config.d_model, config.layer_norm_eps, bias=config.bias)
         self.mixer = BKMixer(config)
         self.mlp_norm = nn.LayerNorm(config.d_model, config.layer_norm_eps, bias=config.bias)
-        self.mlp = MoE(config) if config.num_experts > 1 else Expert(config)
+        self.mlp = MoE(config) if config.num_experts else Expert(config)
 
     def forward(self, hidden_states, past_key_values=None, keep=None, layer_idx:int=0):
         hidden_states = hidden_states + self.mixer(self.mixer_norm(hidden_states), past_key_values, keep, layer_idx)

@@ -150,7 +150,7 @@ class PerChannelQuantizedBKCore(QuantizedBKCore):
         if type(n_channels) is not int or n_channels < 1: raise ValueError(f"n_channels={n_channels!r} is no number of channels: use a whole number from 1")
         self.features = FakeQuantizeComplex(ComplexGrid(bits, parts), n_channels, clip)
 
-# %% ../../nbs/resnetbk/77_quantized.ipynb #5297ef50
+# %% ../../nbs/resnetbk/77_quantized.ipynb #e6771471
 @replacement
 class QuantizedBKMixer(BKMixer):
     "A `BKMixer` whose potential and features are rounded by its `core`."
@@ -162,11 +162,7 @@ class QuantizedBKMixer(BKMixer):
 
     def potential(self, x): return self.core.round_diagonal(super().potential(x))
 
-    def forward(self, x, past_key_values=None, keep=None, layer_idx:int=0):
-        g = self.green(x, keep, None if past_key_values is None else past_key_values.state(layer_idx))
-        if past_key_values is not None: past_key_values.keep(g[:, -1], layer_idx)
-        g = self.core.round_features(g)
-        return self.o_proj(self.norm(torch.cat((g.real, g.imag), -1).to(x.dtype)))
+    def read(self, g, dtype): return super().read(self.core.round_features(g), dtype)
 
     def manifest(self):
         f = self.core.features
