@@ -9,13 +9,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("COMPRESSLAB_TEST_DATA", ROOT.parent/"shared"/"data"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared():
     """A function that gives the path of real data, or skips the test and says what is missing."""
     def get(name):
         if not (SHARED/name).exists(): pytest.skip(f"{name} is not in {SHARED}")
         return SHARED/name
     return get
+
+
+@pytest.fixture(scope="module")
+def stories260k(shared):
+    """A real model of 260 thousand parameters, its tokenizer, and the folder of the stories it was trained on; a fresh one for each module."""
+    import compresslab as cl
+    from compresslab.store import find_tokenizer
+    folder, texts = shared("models/stories260k"), shared("tinystories")
+    return cl.load(folder).float(), find_tokenizer(str(folder)), texts
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_compress_and_measure(tiny, tmp_path):
 
 
 def test_ctrl_c_then_the_same_command_ends_with_the_same_file(tiny, tmp_path):
-    args = ["compress", tiny, "--bits", 3, "--samples", 400, "--max-tokens", 1000, "--out", tmp_path/"m"]
+    args = ["compress", tiny, "--bits", 3, "--samples", 120, "--max-tokens", 1000, "--out", tmp_path/"m"]
     process = subprocess.Popen([*COMMAND, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
     resume, limit = tmp_path/"m.resume", time.time() + 120
     while time.time() < limit and process.poll() is None and not [*resume.glob("*.safetensors")]: time.sleep(.01)

@@ -33,11 +33,10 @@ def gradient(student, loss, batch):
 
 
 @pytest.fixture
-def stories(shared):
+def stories(stories260k):
     """A real model of stories with its tokenizer, and stories for it to read."""
-    folder = shared("models/stories260k")
-    teacher, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-    docs = documents(str(shared("tinystories/train.txt")))
+    teacher, tokenizer, texts = stories260k
+    docs = documents(str(texts/"train.txt"))
     return teacher, tokenizer, docs
 
 

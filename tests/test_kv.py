@@ -13,11 +13,8 @@ from compresslab.store import find_tokenizer
 
 
 @pytest.fixture(scope="module")
-def stories():
-    from conftest import SHARED
-    folder = SHARED/"models"/"stories260k"
-    if not folder.exists(): pytest.skip(f"stories260k is not in {SHARED}")
-    model, tokenizer = cl.load(folder).float(), find_tokenizer(str(folder))
+def stories(stories260k):
+    model, tokenizer, _ = stories260k
     return model, tokenizer, torch.tensor([[1] + tokenizer("Once upon a time, there was a little girl named Lily.", add_special_tokens=False)["input_ids"]])
 
 

@@ -8,19 +8,15 @@ import compresslab as cl
 from compresslab.data import documents, pack
 from compresslab.quant.mixed import choose_widths, mixed_precision, packed_widths, sensitivity
 from compresslab.quant.ptq import gptq, rtn
-from compresslab.store import find_tokenizer, stored_bytes
+from compresslab.store import stored_bytes
 from compresslab.train import evaluate
 
 
 @pytest.fixture(scope="module")
-def stories():
+def stories(stories260k):
     """The model, calibration blocks and held-out blocks, of different stories."""
-    from conftest import SHARED
-    folder = SHARED/"models"/"stories260k"
-    if not folder.exists(): pytest.skip(f"stories260k is not in {SHARED}")
-    if not (SHARED/"tinystories").exists(): pytest.skip(f"tinystories is not in {SHARED}")
-    model, tokenizer = cl.load(folder).float(), find_tokenizer(str(folder))
-    calibration, valid = (pack(documents(str(SHARED/"tinystories"), split), tokenizer, 256, max_tokens=n) for split, n in (("train", 32*256), ("valid", 40_000)))
+    model, tokenizer, texts = stories260k
+    calibration, valid = (pack(documents(str(texts), split), tokenizer, 256, max_tokens=n) for split, n in (("train", 32*256), ("valid", 40_000)))
     return model, [row[None] for row in calibration.input_ids[calibration.attention_mask.all(1)]], valid
 
 

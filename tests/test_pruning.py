@@ -7,18 +7,15 @@ import torch
 import compresslab as cl
 from compresslab.data import calibration_blocks, documents, pack
 from compresslab.pruning.magnitude import MagnitudePruner, sparsity_table
-from compresslab.store import find_tokenizer, stored_bytes
+from compresslab.store import stored_bytes
 from compresslab.train import distil, evaluate, fit
 
 
 @pytest.fixture(scope="module")
-def stories():
-    from conftest import SHARED
-    folder = SHARED/"models"/"stories260k"
-    if not folder.exists() or not (SHARED/"tinystories").exists(): pytest.skip(f"stories260k or tinystories is not in {SHARED}")
-    model, tokenizer = cl.load(folder), find_tokenizer(str(folder))
-    held_out = pack(documents(str(SHARED/"tinystories"), "valid"), tokenizer, 512, "document")
-    blocks = calibration_blocks(str(SHARED/"tinystories"/"train.txt"), tokenizer, 64, 256)
+def stories(stories260k):
+    model, tokenizer, texts = stories260k
+    held_out = pack(documents(str(texts), "valid"), tokenizer, 512, "document")
+    blocks = calibration_blocks(str(texts/"train.txt"), tokenizer, 64, 256)
     return model, blocks, held_out, evaluate(model, held_out, progress=False).ppl
 
 
@@ -60,12 +57,11 @@ def test_zeros_go_away_on_disk(stories, half, tmp_path):
     assert sizes["dense"] > 1.7*sizes["half"] and sizes["dense"] > 9*sizes["four"], sizes
 
 
-def test_a_short_recovery(stories, half):
+def test_a_short_recovery(stories, half, stories260k):
     """Forty thousand tokens bring back a fifth of the lost nats, and zeros stay."""
     import math
-    from conftest import SHARED
     model, _, held_out, ppl = stories
-    text = pack(documents(str(SHARED/"tinystories"/"train.txt")), find_tokenizer(model.config.name_or_path), 128, "document")
+    text = pack(documents(str(stories260k[2]/"train.txt")), stories260k[1], 128, "document")
     m = copy.deepcopy(half["measured"]); zeros, before = sparsity_table(m).zeros.tolist(), evaluate(m, held_out, progress=False).ppl
     fit(m, text, loss=distil(model), tokens=40e3, batch_size=8, lr=3e-3, weight_decay=0., precision="no", on_step=cl.KeepZeros(), progress=False)
     assert math.log(evaluate(m, held_out, progress=False).ppl/ppl) < .8*math.log(before/ppl) and sparsity_table(m).zeros.tolist() == zeros

@@ -11,13 +11,10 @@ from compresslab.train import evaluate
 
 
 @pytest.fixture(scope="module")
-def stories(request):
-    from conftest import SHARED
-    folder = SHARED/"models"/"stories260k"
-    if not folder.exists() or not (SHARED/"tinystories").exists(): pytest.skip(f"stories260k or tinystories is not in {SHARED}")
-    model = cl.load(folder)
-    held_out = pack(documents(str(SHARED/"tinystories"), "valid"), find_tokenizer(str(folder)), 512, "document")
-    return model, SHARED/"tinystories"/"train.txt", held_out, evaluate(model, held_out, progress=False).ppl
+def stories(stories260k):
+    model, tokenizer, texts = stories260k
+    held_out = pack(documents(str(texts), "valid"), tokenizer, 512, "document")
+    return model, texts/"train.txt", held_out, evaluate(model, held_out, progress=False).ppl
 
 
 def divergence(reference, model, ids):

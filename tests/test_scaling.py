@@ -10,19 +10,15 @@ from compresslab.data import documents, pack
 from compresslab.calibration import calibration_inputs, targets
 from compresslab.quant.ptq import gptq, rtn
 from compresslab.quant.scaling import awq, fold, layer_folds, scale_channels, smoothquant
-from compresslab.store import find_tokenizer
 from compresslab.surgery import walk
 from compresslab.train import evaluate
 
 
 @pytest.fixture(scope="module")
-def stories():
-    from conftest import SHARED
-    folder = SHARED/"models"/"stories260k"
-    if not folder.exists() or not (SHARED/"tinystories").exists(): pytest.skip(f"stories260k or tinystories is not in {SHARED}")
-    model = cl.load(folder)
-    held_out = pack(documents(str(SHARED/"tinystories"), "valid"), find_tokenizer(str(folder)), 512, "document")
-    calibration = calibration_inputs(model, str(SHARED/"tinystories"/"train.txt"), 64, 512, 0, None, targets(model))
+def stories(stories260k):
+    model, tokenizer, texts = stories260k
+    held_out = pack(documents(str(texts), "valid"), tokenizer, 512, "document")
+    calibration = calibration_inputs(model, str(texts/"train.txt"), 64, 512, 0, None, targets(model))
     return model, calibration, held_out
 
 

@@ -9,20 +9,15 @@ from transformers import AutoModelForCausalLM
 import compresslab as cl
 from compresslab.data import documents, pack
 from compresslab.distillation.students import student_of, student_params, student_shape
-from compresslab.store import find_tokenizer
 from compresslab.surgery import params
 from compresslab.train import distil, evaluate, fit
 
 
 @pytest.fixture(scope="module")
-def stories():
+def stories(stories260k):
     """A teacher of 260 thousand parameters, token blocks to train on, and held-out ones, of different stories."""
-    from conftest import SHARED
-    folder = SHARED/"models"/"stories260k"
-    if not folder.exists(): pytest.skip(f"stories260k is not in {SHARED}")
-    if not (SHARED/"tinystories").exists(): pytest.skip(f"tinystories is not in {SHARED}")
-    model, tokenizer = cl.load(folder).float(), find_tokenizer(str(folder))
-    train, valid = (pack(documents(str(SHARED/"tinystories"), split), tokenizer, 128, max_tokens=n) for split, n in (("train", 55_000), ("valid", 8000)))
+    model, tokenizer, texts = stories260k
+    train, valid = (pack(documents(str(texts), split), tokenizer, 128, max_tokens=n) for split, n in (("train", 55_000), ("valid", 8000)))
     return model, train, valid, [row[None] for row in train.input_ids[:64]]
 
 
