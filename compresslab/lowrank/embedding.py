@@ -8,7 +8,7 @@ Docs: https://compresslab.github.io/compresslab/lowrank/embedding.html.md"""
 __all__ = ['vocabulary_ends', 'vocabulary_groups', 'token_counts', 'Roles', 'roles', 'balance', 'truncate_rows',
            'nearest_weights', 'fit_factors', 'vocabulary_factors', 'factorize_embedding']
 
-# %% ../../nbs/lowrank/31_embedding.ipynb #0b3883dd
+# %% ../../nbs/lowrank/31_embedding.ipynb #0fe3ab53
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..calibration import calibration_inputs, damped, targets, token_masks
 from ..data import documents
-from .linear import most_rank, put_factors, rank_for, truncate
+from .linear import put_factors, ranks_of, truncate
 from ..store import find_tokenizer
 from ..surgery import matrix, model_inputs
 
@@ -181,20 +181,12 @@ def fit_factors(
         adam.zero_grad(); loss.backward(); adam.step(); schedule.step()
     return balance(*(t.detach() for t in factors))
 
-# %% ../../nbs/lowrank/31_embedding.ipynb #b3a70c2c
+# %% ../../nbs/lowrank/31_embedding.ipynb #27cc35d2
 def _plan(model, rank, share, parts, method) -> tuple[dict, dict]: # Modules as `vocabulary_groups` gives them, ranks by name
     "The rank of every vocabulary matrix, checked; nothing is touched."
     if method not in ("fitted", "weighted", "frequency", "plain"): raise ValueError(f"method={method!r} is not supported: use 'fitted', 'weighted', 'frequency' or 'plain'")
-    if (rank is None) == (share is None): raise ValueError("give one of rank and share")
-    if share is not None and not 0 < share < 1: raise ValueError(f"share={share} is not supported: it is a part of each matrix's numbers, above 0 and below 1")
-    found, ranks = vocabulary_groups(model, parts), {}
-    for n in found:
-        w = matrix(model.get_submodule(n)); r = rank_for(*w.shape, share) if rank is None else rank
-        if not (isinstance(r, int) and r > 0): raise ValueError(f"rank={r!r} is not supported: use a whole number above 0")
-        if r > most_rank(*w.shape): raise ValueError(f"rank {r} of {n} takes {r*sum(w.shape):,} numbers, the matrix itself ({w.shape[0]} x {w.shape[1]}) {w.numel():,}: use at most {most_rank(*w.shape)}")
-        if not torch.isfinite(w).all(): raise ValueError(f"{n} holds NaN or infinite weights: repair the model")
-        ranks[n] = r
-    return found, ranks
+    found = vocabulary_groups(model, parts)
+    return found, ranks_of(model, found, rank, share)
 
 def vocabulary_factors(
     model, names:list[str], rank:int, # Modules that share one weight

@@ -6,7 +6,7 @@ Docs: https://compresslab.github.io/compresslab/lowrank/linear.html.md"""
 
 # %% auto #0
 __all__ = ['entries', 'FactoredWeight', 'FactoredLinear', 'FactoredEmbedding', 'truncate', 'refit_left', 'most_rank', 'rank_for',
-           'put_factors', 'factors', 'factorize', 'rank_sensitivity', 'choose_ranks']
+           'ranks_of', 'put_factors', 'factors', 'factorize', 'rank_sensitivity', 'choose_ranks']
 
 # %% ../../nbs/lowrank/30_linear.ipynb #c2da3d23
 import torch
@@ -79,12 +79,12 @@ class FactoredLinear(_Factored):
     @classmethod
     def from_manifest(cls, entry, old): return cls(cls.read(entry, old), old.bias)
 
-# %% ../../nbs/lowrank/30_linear.ipynb #aa6e6589
+# %% ../../nbs/lowrank/30_linear.ipynb #15dffce8
 @replacement
 class FactoredEmbedding(_Factored):
     "Rows of L Q. ids: (...) integers -> (..., C)."
-    def __init__(self, weight, padding_idx=None):
-        super().__init__(weight); self.padding_idx = padding_idx
+    def __init__(self, weight, padding_idx=None, output_dtype=torch.float32):
+        super().__init__(weight); self.padding_idx, self.output_dtype = padding_idx, output_dtype
 
     num_embeddings = property(lambda self: self.weight.shape[0])
     embedding_dim = property(lambda self: self.weight.shape[1])
@@ -94,10 +94,15 @@ class FactoredEmbedding(_Factored):
         if isinstance(left.weight, torch.Tensor): rows = F.embedding(ids, entries(left))
         else:                                              # packed: keep it in an order that finds rows
             left.weight.gathered = True; rows = left.weight.rows(ids.flatten()).view(*ids.shape, -1)
-        return rows @ right.to(rows.dtype)
+        return (rows @ right.to(rows.dtype)).to(self.output_dtype)
+
+    def _apply(self, fn, recurse=True):
+        "`model.to(dtype)` moves the output's dtype along, also where the factors are packed."
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
+        return super()._apply(fn, recurse)
 
     @classmethod
-    def from_manifest(cls, entry, old): return cls(cls.read(entry, old), old.padding_idx)
+    def from_manifest(cls, entry, old): return cls(cls.read(entry, old), old.padding_idx, old.weight.dtype)
 
 # %% ../../nbs/lowrank/30_linear.ipynb #85a03950
 def truncate(
@@ -128,7 +133,7 @@ def refit_left(
     h, q = damped(hessian, damp), right.double()
     return torch.linalg.lstsq((q @ h @ q.T), (w.detach().double() @ h @ q.T).T).solution.T.float().contiguous()
 
-# %% ../../nbs/lowrank/30_linear.ipynb #4bb8ecb0
+# %% ../../nbs/lowrank/30_linear.ipynb #645b8115
 def most_rank(rows:int, cols:int) -> int:
     "The largest rank that takes fewer numbers than the matrix."
     return (rows*cols - 1)//(rows + cols)
@@ -137,25 +142,34 @@ def rank_for(rows:int, cols:int, share:float) -> int: # At least 1
     "The largest rank whose factors take at most this share of the matrix's numbers."
     return max(1, int(share*rows*cols/(rows + cols)))
 
-def _plan(model, rank, share, include, exclude) -> tuple[dict, dict]: # Modules as `targets` gives them, ranks by name
+def ranks_of(
+    model,
+    found:dict, # Names of the matrices
+    rank:int|dict|None, # Of all, or by name; or:
+    share:float|None, # Of each matrix's numbers
+) -> dict[str, int]: # By name
     "The rank of every matrix, checked; nothing is touched."
     if (rank is None) == (share is None): raise ValueError("give one of rank and share")
     if share is not None and not 0 < share < 1: raise ValueError(f"share={share} is not supported: it is a part of each matrix's numbers, above 0 and below 1")
+    ranks = {}
+    for n in found:
+        w = matrix(model.get_submodule(n)); r = rank_for(*w.shape, share) if rank is None else rank[n] if isinstance(rank, dict) else rank
+        if not (isinstance(r, int) and r > 0): raise ValueError(f"rank={r!r} is not supported: use a whole number above 0")
+        if r > most_rank(*w.shape): raise ValueError(f"rank {r} of {n} takes {r*sum(w.shape):,} numbers, the matrix itself ({w.shape[0]} x {w.shape[1]}) {w.numel():,}: use at most {most_rank(*w.shape)}, or leave it whole")
+        if not torch.isfinite(w).all(): raise ValueError(f"{n} holds NaN or infinite weights: repair the model, or leave it whole")
+        ranks[n] = r
+    return ranks
+
+def _plan(model, rank, share, include, exclude) -> tuple[dict, dict]: # Modules as `targets` gives them, ranks by name
+    "What is factorized to which ranks."
     found = targets(model, include, exclude)
     if isinstance(rank, dict):
         unknown = next((n for n in rank if n not in found), None)
         if unknown: raise ValueError(f"rank names '{unknown}', which is no matrix to factorize; there are {', '.join([*found][:3])} and {max(0, len(found) - 3)} more")
         found = {n: names for n, names in found.items() if n in rank}
-    ranks = {}
-    for n in found:
-        w = matrix(model.get_submodule(n)); r = rank_for(*w.shape, share) if rank is None else rank[n] if isinstance(rank, dict) else rank
-        if not (isinstance(r, int) and r > 0): raise ValueError(f"rank={r!r} is not supported: use a whole number above 0")
-        if r > most_rank(*w.shape): raise ValueError(f"rank {r} of {n} takes {r*sum(w.shape):,} numbers, the matrix itself ({w.shape[0]} x {w.shape[1]}) {w.numel():,}: use at most {most_rank(*w.shape)}, or exclude it")
-        if not torch.isfinite(w).all(): raise ValueError(f"{n} holds NaN or infinite weights: repair the model or exclude this module")
-        ranks[n] = r
-    return found, ranks
+    return found, ranks_of(model, found, rank, share)
 
-# %% ../../nbs/lowrank/30_linear.ipynb #e97d21c0
+# %% ../../nbs/lowrank/30_linear.ipynb #7b884eff
 def put_factors(
     model, # A transformers model
     names:list[str], # Modules that share one weight: linear layers and embeddings
@@ -166,7 +180,7 @@ def put_factors(
     weight = FactoredWeight(left.to(dtype), right.to(dtype))
     for n in names:
         m = model.get_submodule(n)
-        swap(model, n, (FactoredEmbedding(weight, m.padding_idx) if isinstance(m, nn.Embedding) else FactoredLinear(weight, m.bias)).train(m.training))
+        swap(model, n, (FactoredEmbedding(weight, m.padding_idx, dtype) if isinstance(m, nn.Embedding) else FactoredLinear(weight, m.bias)).train(m.training))
 
 def factors(
     w:torch.Tensor, # (R, C)
