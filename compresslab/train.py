@@ -94,7 +94,7 @@ class History(list):
         ax.set(xlabel="tokens", ylabel="loss (nats per token)")
         return ax
 
-# %% ../nbs/03_train.ipynb #b1b8a88e
+# %% ../nbs/03_train.ipynb #f53e306d
 def _save_checkpoint(accelerator, history, folder, settings):
     "Write a checkpoint beside the last one, then put it in its place."
     new, old = (folder.with_name(f".{folder.name}.{x}") for x in ("new", "old"))
@@ -115,17 +115,18 @@ def _load_checkpoint(accelerator, folder, settings):
     found = next((f for f in (folder, folder.with_name(f".{folder.name}.old")) if (f/"history.json").exists()), None)
     if found is None: return History()
     saved = json.loads((found/"history.json").read_text())
-    other = {k: (v, settings.get(k)) for k, v in saved["settings"].items() if v != settings.get(k)}
+    then, now = saved["settings"], json.loads(json.dumps(settings))
+    other = {k: (then.get(k), now.get(k)) for k in {**then, **now} if then.get(k) != now.get(k)}
     if other: raise ValueError(f"checkpoint {found} is of another run ({', '.join(f'{k} was {a}, now {b}' for k, (a, b) in other.items())}): choose another folder or remove it")
     accelerator.load_state(str(found))
     return History(saved["history"])
 
-# %% ../nbs/03_train.ipynb #267c55db
+# %% ../nbs/03_train.ipynb #a60dd251
 def fit(
     model:torch.nn.Module, # Trained in place
     data, # A map-style dataset of dicts of tensors, such as `data.Blocks`
     *,
-    loss=causal_loss, # loss(model, batch) -> a scalar, or (a scalar, a dict of numbers to log)
+    loss=causal_loss, # loss(model, batch) -> a scalar, or (a scalar, a dict of numbers to log); its attribute `settings`, a dict that JSON can hold, goes into the checkpoint
     tokens:float|None=None, # How long: in tokens (elements of `input_ids`),
     steps:int|None=None, # or in optimizer steps,
     epochs:float=1, # or in passes over the data
@@ -162,7 +163,7 @@ def fit(
     made = accelerator.prepare(model, *optimizers(model, optimizer, lr, weight_decay))
     wrapped, opts = made[0], made[1:]
     settings = dict(steps=steps, rows=len(data), batch_size=batch_size, accumulate=accumulate, processes=accelerator.num_processes, lr=lr, optimizer=optimizer,
-                    weight_decay=weight_decay, warmup=warmup, final_lr=final_lr, clip=clip, precision=precision, seed=seed)
+                    weight_decay=weight_decay, warmup=warmup, final_lr=final_lr, clip=clip, precision=precision, seed=seed, loss=getattr(loss, "settings", None))
     history = _load_checkpoint(accelerator, folder, settings) if folder else History()
     share = accumulate*accelerator.num_processes
     batches = accelerator.prepare(DataLoader(data, batch_sampler=Order(len(data), batch_size, len(history)*share, steps*share, seed),
@@ -242,7 +243,7 @@ def scored(
     labels = batch["labels"] if encoder_decoder else F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     return inputs, labels != -100, labels[labels != -100]
 
-# %% ../nbs/03_train.ipynb #ccb62ecf
+# %% ../nbs/03_train.ipynb #aa0c5a1a
 def distil(
     teacher, # The float model; put into evaluation mode
     hard:float=0., # Weight of the cross entropy of the text's own tokens; the divergence has the rest
@@ -256,6 +257,7 @@ def distil(
         q = model(**inputs, use_cache=False).logits[keep].float().log_softmax(-1)
         soft = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
         return soft if not hard else (1 - hard)*soft + hard*F.nll_loss(q, labels)
+    loss.settings = dict(kind="distil", hard=hard)
     return loss
 
 # %% ../nbs/03_train.ipynb #bfff5a30

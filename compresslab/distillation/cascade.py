@@ -7,14 +7,14 @@ Docs: https://compresslab.github.io/compresslab/distillation/cascade.html.md"""
 # %% auto #0
 __all__ = ['asked', 'check_sizes', 'ProgressiveDistillation']
 
-# %% ../../nbs/distillation/42_cascade.ipynb #450798bb
+# %% ../../nbs/distillation/42_cascade.ipynb #930151a0
 import json, math, shutil, time
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .losses import _read_rows, fingerprint
+from .losses import _read_rows, fingerprint, write_beside
 from .students import student_of
 from .trainer import DistillationTrainer, check_loss
 from ..store import load, save
@@ -34,22 +34,18 @@ def check_sizes(sizes):
     shares = [s for s in sizes if not isinstance(s, dict)]
     if any(a <= b for a, b in zip(shares, shares[1:])): raise ValueError(f"model_sizes {sizes} do not fall: begin with the largest")
 
-# %% ../../nbs/distillation/42_cascade.ipynb #300b68c6
-def _write(file:Path, content):
-    "JSON, beside and then renamed."
-    new = file.with_name(f".{file.name}"); new.write_text(json.dumps(content, indent=1)); new.rename(file)
-
+# %% ../../nbs/distillation/42_cascade.ipynb #99a45643
 def _claim(folder:Path, about:dict):
     "Make the folder, or recognize it as this cascade's."
     file = folder/"cascade.json"
     if not file.exists():
         if folder.exists() and any(folder.iterdir()): raise FileExistsError(f"{folder} holds something else: choose a folder of its own")
-        folder.mkdir(parents=True, exist_ok=True); _write(file, about)
+        folder.mkdir(parents=True, exist_ok=True); write_beside(file, lambda p: p.write_text(json.dumps(about, indent=1)))
     saved = json.loads(file.read_text())
     other = [k for k, v in about.items() if saved.get(k) != v]
     if other: raise ValueError(f"{folder} holds another cascade (its {', '.join(other)} differ): choose another folder, or remove it")
 
-# %% ../../nbs/distillation/42_cascade.ipynb #32a060fb
+# %% ../../nbs/distillation/42_cascade.ipynb #d1a8da94
 class ProgressiveDistillation:
     "A cascade of students, each the teacher of the next."
     def __init__(self,
@@ -102,7 +98,8 @@ class ProgressiveDistillation:
         scores = vars(trainer.evaluate(valid, progress=progress)) if valid is not None else {}
         save(student, place/"model", tokenizer)
         row = dict(params=params(student), tokens=history[-1]["tokens"], loss=history[-1]["loss"], trained_seconds=history[-1]["seconds"], folder=str(place/"model"), history=[*history])
-        _write(place/"stage.json", row | {k: v for k, v in scores.items() if k in ("nll", "bpb", "top1", "divergence", "agreement")})
+        row |= {k: v for k, v in scores.items() if k in ("nll", "bpb", "top1", "divergence", "agreement")}
+        write_beside(place/"stage.json", lambda p: p.write_text(json.dumps(row, indent=1)))
         shutil.rmtree(place/"checkpoint", ignore_errors=True)
 
     def to_frame(self) -> pd.DataFrame: # A row a stage

@@ -6,9 +6,9 @@ Docs: https://compresslab.github.io/compresslab/distillation/losses.html.md"""
 
 # %% auto #0
 __all__ = ['check_divergence', 'divergence', 'ask', 'check_mapping', 'covering', 'smallest_k', 'largest', 'bucketed',
-           'fingerprint', 'CachedLogits', 'cache_logits', 'spread_layers', 'depths', 'check_layer_map', 'hidden_loss',
-           'projections', 'attention_loss', 'check_attention', 'inside', 'feature_losses', 'token_bytes', 'first_bytes',
-           'byte_logits', 'Aligned', 'align']
+           'fingerprint', 'CachedLogits', 'write_beside', 'cache_logits', 'spread_layers', 'depths', 'check_layer_map',
+           'hidden_loss', 'projections', 'attention_loss', 'check_attention', 'inside', 'feature_losses', 'token_bytes',
+           'first_bytes', 'byte_logits', 'Aligned', 'align']
 
 # %% ../../nbs/distillation/40_losses.ipynb #c80f1a70
 import hashlib, json, math, re, sys
@@ -159,7 +159,7 @@ class CachedLogits:
             return self._open[i]
         except SafetensorError as e: raise ValueError(f"{self._files()[i]} is damaged ({e}): remove it and call cache_logits again") from None
 
-# %% ../../nbs/distillation/40_losses.ipynb #0deb5c97
+# %% ../../nbs/distillation/40_losses.ipynb #b996f86d
 def _about(teacher, data, temperature, k, mass, mapping, shard_rows):
     "What a cache answers for."
     return dict(teacher=fingerprint(teacher), data=_read_rows(data, teacher.config.is_encoder_decoder)[0], temperature=float(temperature), mass=mass, most=k, shard_rows=shard_rows,
@@ -170,17 +170,17 @@ def _settle(path, about, measure_k) -> dict:
     if not path.exists():
         if path.parent.exists() and any(path.parent.iterdir()): raise FileExistsError(f"{path.parent} holds something else: choose a folder of its own")
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, lambda p: p.write_text(json.dumps(about | measure_k(), indent=1)))
+        write_beside(path, lambda p: p.write_text(json.dumps(about | measure_k(), indent=1)))
     saved = json.loads(path.read_text())
     other = [k for k, v in about.items() if saved[k] != v]
     if other: raise ValueError(f"the logits in {path.parent} are of another {', '.join(other)}: choose another folder")
     return saved
 
-def _write(path, write):
+def write_beside(path, write):
     "Write beside, then rename; what an earlier kill left of this is overwritten."
     new = path.parent.with_name(f".{path.parent.name}.new"); write(new); new.replace(path)
 
-# %% ../../nbs/distillation/40_losses.ipynb #f0a5d5fa
+# %% ../../nbs/distillation/40_losses.ipynb #97a8e16d
 def cache_logits(
     teacher, # A transformers model
     data, # A map-style dataset of dicts with `labels`
@@ -215,7 +215,7 @@ def cache_logits(
                 for batch in DataLoader(Subset(data, rows), batch_size): parts.append([x if x is None else x.cpu() for x in largest(answers(batch), saved["k"], temperature)])
                 log_probs, ids = ([p[j] for p in parts] for j in (0, 1))
                 tensors = dict(log_probs=torch.cat(log_probs)) | ({} if ids[0] is None else dict(ids=torch.cat(ids).to(small)))
-                _write(file, lambda p: save_file(tensors, p))
+                write_beside(file, lambda p: save_file(tensors, p))
             bar.update(len(rows))
     teacher.train(mode)
     return CachedLogits(folder, data)

@@ -59,7 +59,7 @@ class _Comparison:
         ids = batch["teacher_ids"][keep].long() if "teacher_ids" in batch else None
         return divergence(bucketed(logits.float()/self.temperature, ids), batch["teacher_log_probs"][keep], 1., self.kind)
 
-# %% ../../nbs/distillation/41_trainer.ipynb #03ab75ef
+# %% ../../nbs/distillation/41_trainer.ipynb #4d9ed922
 def check_loss(temperature:float, alpha:float, feature_weight:float, attention_weight:float=0., kind="forward"):
     "Refuse weights and a temperature that mean nothing."
     check_divergence(temperature, kind)
@@ -81,6 +81,7 @@ class DistillationLoss(_Comparison):
         tokenizers=None, # (the student's, the teacher's), where these differ: compare next bytes, on data from `align`
     ):
         check_loss(temperature, alpha, feature_weight, attention_weight, kind)
+        self.settings = dict(temperature=temperature, alpha=alpha, feature_weight=feature_weight, attention_weight=attention_weight, kind=kind, layer_map=layer_map)   # `fit` keeps them beside a checkpoint
         self.teacher, self.student, self.temperature, self.alpha, self.kind, self.mapping = teacher, student, temperature, alpha, kind, mapping
         self.weights = dict(soft=alpha, hard=1 - alpha, feature=feature_weight, attention=attention_weight)
         self.encoder_decoder, self.layer_map, self.projections, self.first = student.config.is_encoder_decoder, {}, nn.ModuleDict(), None
