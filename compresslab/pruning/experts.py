@@ -7,11 +7,13 @@ Docs: https://compresslab.github.io/compresslab/pruning/experts.html.md"""
 # %% auto #0
 __all__ = ['COUNTS', 'TOP_KS', 'METHODS', 'recount', 'shrink', 'Probe', 'Unit', 'twin', 'Site', 'first_of', 'sites', 'check_site',
            'Usage', 'block_calls', 'track_usage', 'grams', 'joined', 'set_error', 'best_set', 'remove_experts',
-           'last_layer', 'absorb', 'prune_experts', 'ProgressivePruningScheduler', 'train_mixture', 'compare_removal']
+           'last_layer', 'absorb', 'all_or_nothing', 'prune_experts', 'ProgressivePruningScheduler', 'train_mixture',
+           'compare_removal']
 
-# %% ../../nbs/pruning/22_experts.ipynb #d57a3442
+# %% ../../nbs/pruning/22_experts.ipynb #bab09959
 import copy, itertools, math, re
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pandas as pd
@@ -397,7 +399,23 @@ def _check_sites(model, inputs, found, left, merge):
         check_site(found[n], call, left[n])
         if merge and not last_layer(experts(found[n].mixture)[0], found[n].route(call)[0])[2]: raise ValueError(f"{n}: its experts do not end with a linear layer, which merging refits: use merge=False")
 
-# %% ../../nbs/pruning/22_experts.ipynb #bcf8b04a
+# %% ../../nbs/pruning/22_experts.ipynb #128ec371
+@contextmanager
+def all_or_nothing(
+    model, # A transformers model
+    written:list[torch.Tensor], # Tensors that may be written into; those that are replaced by others need no copy
+):
+    "If anything goes wrong inside, the model is what it was before; until the end, memory holds both."
+    own = ("_parameters", "_buffers", "_modules")
+    held = [(m, {k: copy.copy(v) if k in own else v for k, v in vars(m).items()}) for m in model.modules()]
+    config = model.config.get_text_config(); said, copies = dict(vars(config)), [t.detach().clone() for t in written]
+    try: yield
+    except BaseException:
+        for thing, before in [*held, (config, said)]: vars(thing).clear(); vars(thing).update(before)
+        for t, before in zip(written, copies): t.data.copy_(before)
+        raise
+
+# %% ../../nbs/pruning/22_experts.ipynb #f5370f33
 @torch.no_grad()
 def prune_experts(
     model, # A transformers model with experts; changed in place
@@ -426,13 +444,14 @@ def prune_experts(
         usage = _measure_usage(model, inputs, found)
         left = _how_many(found, usage, shared, keep, prune_threshold)
         _check_sites(model, inputs, found, left, merge)
-        generator = torch.Generator().manual_seed(seed)
-        for visit in walk(model, inputs, progress=progress):
-            masks = token_masks(inputs, model.config.is_encoder_decoder and "decoder" in visit.name)
-            for n in [n for n, s in found.items() if n.startswith(visit.name + ".") and left[n] < s.count]:
-                _prune_site(found[n], _calls(visit, found[n].block), masks, left[n], method, merge, usage, generator, search_tokens, subsets)
-        if shared:
-            for thing in (model.config.get_text_config(), *model.modules()): recount(thing, *before, *{*left.values()})
+        generator, refitted = torch.Generator().manual_seed(seed), [p for s in found.values() if merge for p in s.mixture.parameters()]
+        with all_or_nothing(model, refitted):
+            for visit in walk(model, inputs, progress=progress):
+                masks = token_masks(inputs, model.config.is_encoder_decoder and "decoder" in visit.name)
+                for n in [n for n, s in found.items() if n.startswith(visit.name + ".") and left[n] < s.count]:
+                    _prune_site(found[n], _calls(visit, found[n].block), masks, left[n], method, merge, usage, generator, search_tokens, subsets)
+            if shared:
+                for thing in (model.config.get_text_config(), *model.modules()): recount(thing, *before, *{*left.values()})
     finally: model.train(mode)
     return model
 
