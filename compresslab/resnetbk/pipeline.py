@@ -168,7 +168,7 @@ def smallest_of_its_kind(
         else: high = middle
     return best, dict(params_ratio=low), THREE
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #351b67bf
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #e498d2c0
 MODELS = dict(original="original_model", qat="qat_model", pruning="pruned_model", distillation="final_model") # The folder of each stage's result
 
 def _write(file:Path, content):
@@ -177,15 +177,26 @@ def _write(file:Path, content):
 
 class _Frame:
     "What all stages share."
-    def _claim(self, about:dict):
+    def _claim(self, about:dict, start_from=None):
         "Make the folder, or recognize it as this run's."
         file, about = self.folder/"pipeline.json", json.loads(json.dumps(about))
+        def differing(folder, but=()):
+            saved = json.loads((folder/"pipeline.json").read_text())
+            return ", ".join(k for k, v in about.items() if saved.get(k) != v and k not in but)
         if not file.exists():
-            if self.folder.exists() and any(self.folder.iterdir()): raise FileExistsError(f"{self.folder} holds something else: choose a folder of its own")
+            if self.folder.exists() and any(self.folder.iterdir()) and not (start_from is not None and (self.folder/"pruning.json").exists()): raise FileExistsError(f"{self.folder} holds something else: choose a folder of its own")
+            if start_from is not None and not (self.folder/"pruning.json").exists(): self._take(Path(start_from), differing)
             self.folder.mkdir(parents=True, exist_ok=True); _write(file, about)
-        saved = json.loads(file.read_text())
-        other = [k for k, v in about.items() if saved.get(k) != v]
-        if other: raise ValueError(f"{self.folder} holds another run (its {', '.join(other)} differ): choose another folder, or remove it")
+        if other := differing(self.folder): raise ValueError(f"{self.folder} holds another run (its {other} differ): choose another folder, or remove it")
+
+    def _take(self, source:Path, differing):
+        "The first stages of another run."
+        if not (source/"pruning.json").exists(): raise FileNotFoundError(f"start_from: {source} holds no run whose pruning stage is done")
+        if other := differing(source, ("target", "distillation_epochs", "lr", "floating")): raise ValueError(f"start_from: the run in {source} has another {other}")
+        new = self.folder.with_name(f".{self.folder.name}.new"); shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(source, new, ignore=shutil.ignore_patterns("final_model", "distillation.json", "student*", "pipeline.json", "metrics.json", "*.png", "checkpoint*"))
+        if self.folder.exists(): self.folder.rmdir()
+        new.rename(self.folder)
 
     def _stage(self, name:str, run) -> dict:
         "What a stage came to."
@@ -269,7 +280,7 @@ class _Stages(_Frame):
         save(pack(student.eval()), self.folder/"final_model", self.tokenizer, entropy=True)
         return dict(training_losses=made["losses"] + losses, parameters=numbers, teacher=best, teacher_params=params(teacher), student_params=numbers, student={**made["shape"], **made["grid"]})
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #d3b636d3
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #8cba0d49
 class CompressionPipeline(_Stages):
     "Quantization-aware training, pruning and distillation of a causal language model to a fraction of its bytes."
     def __init__(self,
@@ -302,6 +313,7 @@ class CompressionPipeline(_Stages):
         qat_epochs:float=3, pruning_epochs:int=3, distillation_epochs:float=5, # Passes over the training rows
         save_dir="compressed", # Everything is written there, and an interrupted run goes on from there
         calibration=None, # Rows for pruning; by default 2% of the training rows, at most 64, which are then not trained on
+        start_from=None, # The folder of a run with the same model, rows and settings for another target: its first two stages serve here too
         progress:bool=True,
     ): # The final model, loaded from its file, and a dict of metrics
         "Run the stages, or what is left of them."
@@ -312,11 +324,10 @@ class CompressionPipeline(_Stages):
         self.calibration = [train[i]["input_ids"][None] for i in held] or [torch.as_tensor(r["input_ids"]).view(1, -1) for r in calibration]
         self.rows, self.valid, self.folder, self.progress = Rows(train.data, range(len(train) - len(held))), valid, Path(save_dir), progress
         self.options = dict(batch_size=size or 16, optimizer=self.settings["optimizer"], seed=self.settings["seed"], progress=progress)
-        self._claim(dict(self.settings, model=fingerprint(self.model), epochs=[qat_epochs, pruning_epochs, distillation_epochs], batch_size=size, rows=len(self.rows), first_row=self.rows[0]["input_ids"].tolist(), valid=len(valid)))
+        self._claim(dict(self.settings, model=fingerprint(self.model), qat_epochs=qat_epochs, pruning_epochs=pruning_epochs, distillation_epochs=distillation_epochs, batch_size=size, rows=len(self.rows), first_row=self.rows[0]["input_ids"].tolist(), valid=len(valid)), start_from)
         original = self._stage("original", self._original)
         self.budget = int(original["bytes"]/self.target)
         stages = dict(qat=self._stage("qat", lambda: self._qat(qat_epochs)), pruning=self._stage("pruning", lambda: self._pruning(int(pruning_epochs))), distillation=self._stage("distillation", lambda: self._distillation(distillation_epochs)))
-        shutil.rmtree(self.folder/"behind", ignore_errors=True)
         metrics = self._metrics(original, stages)
         _write(self.folder/"metrics.json", metrics); self._draw(original, stages)
         return load(self.folder/"final_model").to(self.device), metrics
