@@ -102,3 +102,14 @@ def test_factorize_takes_experts_along():
     kinds = [type(m).__name__ for m in model.modules()]
     assert kinds.count(FactoredExperts.__name__) == 2 and kinds.count(FactoredLinear.__name__) == 8
     assert model(samples[0]).logits.isfinite().all()
+
+
+def test_quantizing_after_factors_advises_nothing_that_cannot_help():
+    from compresslab.quant.ptq import rtn
+    def said(model):
+        with pytest.warns(UserWarning, match="stay in float") as seen: rtn(model, progress=False)
+        return str(seen[0].message)
+    torch.manual_seed(0)
+    moe = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=40, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4, head_dim=10, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64)).eval()
+    assert "quantize_experts packs experts" in said(copy.deepcopy(moe))
+    assert "quantize_experts" not in said(factorize_tensors(moe, share=.6, progress=False))

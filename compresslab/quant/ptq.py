@@ -7,7 +7,7 @@ Docs: https://compresslab.github.io/compresslab/quant/ptq.html.md"""
 # %% auto #0
 __all__ = ['width_of', 'check', 'warn_left', 'pack_shared', 'rtn', 'gptq_matrix', 'descend', 'gptq']
 
-# %% ../../nbs/quant/12_ptq.ipynb #764d16e4
+# %% ../../nbs/quant/12_ptq.ipynb #1c7aa270
 import hashlib, json, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..calibration import aim, calibration_inputs, damped, end_hessian, group_hessians, inverse_factor, targets
 from .grid import check_bits, dequantize, fit_grid, quantize
+from ..mixtures import is_fused
 from .linear import PackedWeight, check_activations, pack_module
 from ..store import swap
 from ..surgery import matrix, params, walk
@@ -40,12 +41,12 @@ def check(model, found:dict, bits:int|dict, group_size:int, activations:str="flo
     warn_left(model)
     return found
 
-# %% ../../nbs/quant/12_ptq.ipynb #592bc770
+# %% ../../nbs/quant/12_ptq.ipynb #e586c42e
 def warn_left(model):
     "Say what stays in float although it holds much of the model: 3-D expert weights are not linear layers."
     whole = params(model)
     left = sum(p.numel() for p in model.parameters() if p.ndim > 2)
-    if left > .01*whole: warnings.warn(f"{left/whole:.0%} of {type(model).__name__}'s parameters are 3-D (experts, convolutions) and stay in float; quantize_experts packs experts")
+    if left > .01*whole: warnings.warn(f"{left/whole:.0%} of {type(model).__name__}'s parameters are 3-D (experts, convolutions) and stay in float" + ("; quantize_experts packs experts" if any(map(is_fused, model.modules())) else ""))
 
 def pack_shared(model, names, weight, activations="float"):
     "Replace every module that shares one weight by a packed layer on one `PackedWeight`."
