@@ -113,7 +113,7 @@ def thin(
     if rank is not None: put_factors(student, [*targets(student, embeddings=True)["model.embed_tokens"]], *truncate(student.model.embed_tokens.weight, rank))
     return student
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #234cf8f3
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #ca207174
 THREE = dict(bits=2, grid="ternary", group_size=0, shared_scale=True) # 1.58 bits a weight, no zero points, no scales to speak of
 FOUR = dict(bits=4, grid="asymmetric", group_size=32)
 
@@ -129,16 +129,17 @@ def thinnest_that_fits(
     shape = dict(n_groups=c.n_groups, d_ff=c.d_ff, rank=None)
     if weigh(_prepared(thin(teacher, **shape), FOUR), folder) <= budget: return thin(teacher, **shape), shape, FOUR
     groups = [g for g in range(c.n_groups, 0, -1) if c.n_layers % g == 0]
-    for n_groups, d_ff in [*((g, c.d_ff) for g in groups), *((1, w) for w in (c.d_ff//2, c.d_ff//4, c.d_ff//8) if w)]:
-        shape = lambda rank: dict(n_groups=n_groups, d_ff=d_ff, rank=rank)
-        size = lambda rank: weigh(_prepared(thin(teacher, **shape(rank)), THREE), folder)
-        fits = lambda rank: size(rank) <= budget
-        full = size(None)
-        if full <= budget: return thin(teacher, **shape(None)), shape(None), THREE
-        if full - V*c.d_model*math.log2(3)/8 > .45*budget or not fits(1): continue
+    bodies = [*((g, c.d_ff) for g in groups), *((1, w) for w in (c.d_ff//2, c.d_ff//4, c.d_ff//8) if w)]
+    shape = lambda body, rank: dict(n_groups=body[0], d_ff=body[1], rank=rank)
+    size = lambda body, rank: weigh(_prepared(thin(teacher, **shape(body, rank)), THREE), folder)
+    whole = {body: size(body, None) for body in bodies}
+    for body, thinner in zip(bodies, [*bodies[1:], None]):
+        if whole[body] <= budget: return thin(teacher, **shape(body, None)), shape(body, None), THREE
+        heavy = whole[body] - V*c.d_model*math.log2(3)/8 > .45*budget
+        if heavy and not (thinner and whole[thinner] <= budget) or size(body, 1) > budget: continue   # a thinner body that fits whole leaves bytes unused
         low, high = 1, c.d_model                              # the rank is between: low fits, high does not
-        while high - low > 1: low, high = (middle, high) if fits(middle := (low + high)//2) else (low, middle)
-        return thin(teacher, **shape(low)), shape(low), THREE
+        while high - low > 1: low, high = (middle, high) if size(body, middle := (low + high)//2) <= budget else (low, middle)
+        return thin(teacher, **shape(body, low)), shape(body, low), THREE
     raise ValueError(f"no student of this {type(teacher).__name__} takes as little as {budget:,} bytes: ask for a smaller target_compression")
 
 # %% ../../nbs/resnetbk/78_pipeline.ipynb #fb9bed48
