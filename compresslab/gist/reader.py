@@ -31,7 +31,7 @@ from .compressors import COMPRESSORS, make_compressor
 from .masks import positions
 from ..surgery import Stop, find, stacks
 
-# %% ../../nbs/gist/52_reader.ipynb #6fe5399f
+# %% ../../nbs/gist/52_reader.ipynb #27920bd0
 LOSSES = ("teacher_forcing", "generation", "contrastive", "reconstruction", "distillation")
 CONTROLS = ("full_context", "no_context", "first_tokens", "random_tokens", "llmlingua2")
 
@@ -64,6 +64,7 @@ class CompressionConfig:
     max_context:int|None=None # Tokens; None: what the model's positions leave
     too_long:str="cut" # A longer context is cut around its answer ("cut") or refused ("refuse")
     max_answer:int=32 # Tokens to generate
+    precision:str="auto" # As in `train.fit`
 
     def __post_init__(self):
         if self.architecture not in (*COMPRESSORS, *CONTROLS): raise ValueError(f"architecture '{self.architecture}' is unknown: use {', '.join((*COMPRESSORS, *CONTROLS))}")
