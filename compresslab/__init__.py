@@ -23,5 +23,6 @@ from compresslab.quant.qat import calibrate, convert, prepare_qat
 from compresslab.quant.rounding import hqq, learn_rounding
 from compresslab.quant.scaling import awq, smoothquant
 from compresslab.resnetbk.model import ResNetBKConfig, ResNetBKForCausalLM
+from compresslab.resnetbk.pipeline import CompressionPipeline
 from compresslab.resnetbk.quantized import quantize_core
 from compresslab.store import export, load, save
