@@ -8,7 +8,7 @@ Docs: https://compresslab.github.io/compresslab/resnetbk/pipeline.html.md"""
 __all__ = ['THREE', 'FOUR', 'MODELS', 'Rows', 'rows_of', 'check_disjoint', 'behind_grid', 'pack', 'weigh', 'thin',
            'thinnest_that_fits', 'smallest_of_its_kind', 'has_experts', 'CompressionPipeline']
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #3ab2e5f9
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #1cbcda69
 import copy, json, math, shutil, time
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..calibration import targets
-from ..distillation.losses import fingerprint
+from ..distillation.losses import fingerprint, write_beside
 from ..distillation.students import student_of
 from ..lowrank.linear import put_factors, truncate
 from ..mixtures import mixtures
@@ -169,12 +169,10 @@ def smallest_of_its_kind(
         else: high = middle
     return best, dict(params_ratio=low), THREE
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #e498d2c0
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #68bddcc9
 MODELS = dict(original="original_model", qat="qat_model", pruning="pruned_model", distillation="final_model") # The folder of each stage's result
 
-def _write(file:Path, content):
-    "JSON, beside and then renamed."
-    new = file.with_name(f".{file.name}"); new.write_text(json.dumps(content, indent=1)); new.rename(file)
+def _write(file:Path, content): write_beside(file, lambda p: p.write_text(json.dumps(content, indent=1)))
 
 class _Frame:
     "What all stages share."
