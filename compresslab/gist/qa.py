@@ -6,9 +6,10 @@ Docs: https://compresslab.github.io/compresslab/gist/qa.html.md"""
 
 # %% auto #0
 __all__ = ['MENTIONS', 'mentioned', 'mentions', 'write_rows', 'save_reader', 'load_reader', 'answer', 'questions_of',
-           'write_json', 'train_reader', 'run_single_ablation']
+           'write_json', 'train_reader', 'run_single_ablation', 'grid', 'run_or_miss', 'run_elsewhere', 'run_ablations',
+           'ablation_table', 'plot_ablations']
 
-# %% ../../nbs/gist/52b_qa.ipynb #d3ca856f
+# %% ../../nbs/gist/52b_qa.ipynb #5229abf5
 import builtins, json, os, queue, re, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from collections import Counter
@@ -28,12 +29,12 @@ from tqdm.auto import tqdm
 from ..data import documents, squad, start_token
 from .compressors import COMPRESSORS
 from .masks import fingerprint
-from .reader import CONTROLS, CompressionConfig, Questions, Reader, Slower, from_json, model_positions, qa_loss, run_name, squad_scores, to_json
+from .reader import CONTROLS, CompressionConfig, Questions, Reader, Slower, end_token, from_json, model_positions, qa_loss, run_name, squad_scores, to_json
 from ..store import find_tokenizer, load
 from ..surgery import params
 from ..train import fit
 
-# %% ../../nbs/gist/52b_qa.ipynb #a435c15b
+# %% ../../nbs/gist/52b_qa.ipynb #50230b6d
 MENTIONS = dict(exception=(r"\b([A-Z]\w+)\b", {n for n, x in vars(builtins).items() if isinstance(x, type) and issubclass(x, BaseException)}),
                 module=(r"\b(?:import|from) (\w+)|\b[a-z]+(?=\.\w)", {*sys.stdlib_module_names}),
                 function=(r"(?<![\w.])([a-z]+)\(", {n for n, x in vars(builtins).items() if callable(x) and n.islower()}))
@@ -53,7 +54,8 @@ def mentions(
     tokenizer, # A fast one
     split:str="train", # "train", "valid" or "test"
     length:int=128, # Tokens of a piece
-    most:int=400, # Rows with the same answer
+    kinds:tuple=(*MENTIONS,),
+    least:int=1, most:int=400, # Rows with the same answer: names with fewer are left out, of others so many are drawn
     docs:int|None=None, # Read so many files; None: all
     seed:int=0,
 ) -> list[dict]: # SQuAD rows: id, title, context, question, answers
@@ -64,8 +66,8 @@ def mentions(
         for at in range(0, len(spans) - length + 1, length):
             text = doc["text"][spans[at][0]:spans[at + length - 1][1]]
             for kind, (name, place) in mentioned(text).items():
-                found.setdefault((kind, name), []).append(dict(id=f"{doc['source']}:{at}:{kind}", title=doc["source"], context=text, question=kind, answers=dict(text=[name], answer_start=[place])))
-    rng = Random(seed); rows = [r for k in sorted(found) for r in rng.sample(found[k], min(most, len(found[k])))]
+                if kind in kinds: found.setdefault((kind, name), []).append(dict(id=f"{doc['source']}:{at}:{kind}", title=doc["source"], context=text, question=kind, answers=dict(text=[name], answer_start=[place])))
+    rng = Random(seed); rows = [r for k in sorted(found) if len(found[k]) >= least for r in rng.sample(found[k], min(most, len(found[k])))]
     rng.shuffle(rows)
     return rows
 
@@ -103,7 +105,7 @@ def load_reader(
     reader.load_state_dict(learned, strict=False)
     return reader.eval()
 
-# %% ../../nbs/gist/52b_qa.ipynb #438a8e46
+# %% ../../nbs/gist/52b_qa.ipynb #bfbd175f
 @torch.inference_mode()
 def answer(
     reader:Reader,
@@ -113,12 +115,12 @@ def answer(
     progress:bool=True,
 ) -> list[str]:
     "Greedy answers, as text."
-    device, out = next(reader.parameters()).device, []
+    device, end, out = next(reader.parameters()).device, end_token(tokenizer, reader.config), []
     reader.eval()
     for at in tqdm(range(0, len(questions), batch_size), desc="answer", disable=not progress):
         batch = questions.batch(range(at, min(at + batch_size, len(questions))))
-        ids = reader.greedy({n: t.to(device) for n, t in batch.items()}, reader.config.max_answer, tokenizer.eos_token_id)
-        out += [tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids]
+        ids = reader.greedy({n: t.to(device) for n, t in batch.items()}, reader.config.max_answer, end).tolist()
+        out += [tokenizer.decode(i[:i.index(end)] if end in i else i, skip_special_tokens=True).strip() for i in ids]
     return out
 
 def questions_of(
@@ -134,7 +136,7 @@ def questions_of(
     return (Questions(some("train", config.train_examples, config.seed), tokenizer, config, most, progress),
             Questions(some("valid", config.valid_examples, 0), tokenizer, config, most, progress))
 
-# %% ../../nbs/gist/52b_qa.ipynb #d6ac8317
+# %% ../../nbs/gist/52b_qa.ipynb #cb088ae9
 def write_json(file:Path, content):
     "Beside, then renamed."
     new = file.with_name(f".{file.name}"); new.write_text(json.dumps(content, indent=1, ensure_ascii=False)); new.rename(file)
@@ -172,7 +174,7 @@ def run_single_ablation(
     train, valid = questions_of(config, tokenizer, model_positions(model), progress)
     reader = Reader(model, config, start_token(tokenizer))
     place.mkdir(parents=True, exist_ok=True); write_json(place/"config.json", json.loads(to_json(config)))
-    seconds = train_reader(reader, train, tokenizer.eos_token_id, place, progress=progress, on_step=on_step)
+    seconds = train_reader(reader, train, end_token(tokenizer, config), place, progress=progress, on_step=on_step)
     save_reader(reader, place/"checkpoint.safetensors", of)
     clock = time.time(); predictions = answer(reader, valid, tokenizer, progress=progress); clock = time.time() - clock
     scores = squad_scores(predictions, [r["references"] for r in valid.rows])
@@ -186,3 +188,89 @@ def run_single_ablation(
     write_json(place/"metrics.json", metrics)
     for name in ("fit-pretrain", "fit-train"): rmtree(place/name, ignore_errors=True)
     return metrics
+
+# %% ../../nbs/gist/52b_qa.ipynb #0d4ae20d
+def grid(
+    base:CompressionConfig, # What all runs share
+    architectures=(*COMPRESSORS,),
+    target_lengths=(32, 64, 128),
+    loss_weights=(dict(teacher_forcing=1.),),
+    controls=CONTROLS,
+    seeds=(42,),
+    settings:dict={}, # Architecture -> that compressor's own settings
+) -> list[CompressionConfig]: # Each run once
+    "The runs of an ablation."
+    out = [replace(base, architecture=a, target_length=target_lengths[0] if a in ("full_context", "no_context") else M, loss_weights=w, seed=s, settings={})
+           for s in seeds for a in controls for M in target_lengths for w in loss_weights[:1]]
+    out += [replace(base, architecture=a, target_length=M, loss_weights=w, seed=s, settings=settings.get(a, {})) for s in seeds for w in loss_weights for M in target_lengths for a in architectures]
+    return [*{run_name(c): c for c in out}.values()]
+
+# %% ../../nbs/gist/52b_qa.ipynb #598253bb
+def run_or_miss(config:CompressionConfig, folder:str|Path, progress:bool=True, **options) -> dict:
+    "`run_single_ablation`; where LLMLingua-2 cannot be had, what is missing instead of scores."
+    try: return run_single_ablation(config, folder, progress, **options)
+    except (ImportError, FileNotFoundError) as e:
+        if config.architecture != "llmlingua2" or "llmlingua" not in str(e): raise
+        return dict(run=run_name(config), architecture=config.architecture, target_length=config.target_length, seed=config.seed, losses=config.weights, missing=str(e))
+
+def run_elsewhere(config:CompressionConfig, folder:str|Path, gpu:str|None=None) -> dict:
+    "The same in another process, which sees one GPU."
+    code = "import json, sys; from compresslab.gist.qa import from_json, run_or_miss; print(json.dumps(run_or_miss(from_json(sys.argv[1]), sys.argv[2], False)))"
+    done = subprocess.run([sys.executable, "-c", code, to_json(config), str(folder)], env=os.environ | ({} if gpu is None else dict(CUDA_VISIBLE_DEVICES=gpu)), capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(f"run {run_name(config)} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+def run_ablations(
+    configs:list[CompressionConfig], # As `grid` makes them
+    folder:str|Path="runs",
+    processes:int|None=None, # Runs at a time; by default one for each GPU
+    progress:bool=True,
+) -> list[dict]: # The metrics of each
+    "Run what has not been run yet."
+    gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else [str(i) for i in range(torch.cuda.device_count())]
+    folder, results, n = Path(folder), {}, processes or max(1, len(gpus))
+    folder.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(configs), desc="runs", disable=not progress)
+    def finished(config, result):
+        results[run_name(config)] = result; bar.update()
+        if "missing" in result: bar.write(f"{run_name(config)} left out: {result['missing']}")
+        write_json(folder/"results_summary.json", [results[m] for m in map(run_name, configs) if m in results])
+    if n == 1:
+        for c in configs: finished(c, run_or_miss(c, folder, progress))
+    else:
+        free = queue.Queue()
+        for i in range(n): free.put(gpus[i % len(gpus)] if gpus else None)
+        def work(config):
+            gpu = free.get()
+            try: return run_elsewhere(config, folder, gpu)
+            finally: free.put(gpu)
+        with ThreadPoolExecutor(n) as pool:
+            for c, f in [(c, pool.submit(work, c)) for c in configs]: finished(c, f.result())
+    bar.close()
+    return [results[run_name(c)] for c in configs]
+
+# %% ../../nbs/gist/52b_qa.ipynb #7566e9fd
+def ablation_table(
+    results:list[dict], # As `run_ablations` returns them, or `results_summary.json` has them
+) -> pd.DataFrame: # By architecture, M and losses: means over seeds, the spread of F1 (standard deviation), the share of the gap
+    "Runs as a table; those that are missing are left out."
+    frame = pd.DataFrame([dict(architecture=r["architecture"], M=r["target_length"], losses=" + ".join(f"{w:g} {n}" for n, w in r["losses"].items()), f1=r["final_f1"], em=r["final_em"], ratio=r["compression_ratio"],
+                               trained=r["parameters"]["lora"] + r["parameters"]["compressor"], seconds=r["seconds"]) for r in results if "missing" not in r])
+    by = frame.groupby(["architecture", "M", "losses"], sort=False)
+    out = by.mean(); out.insert(1, "spread", by.f1.std()); out.insert(0, "seeds", by.size())
+    low, high = (frame.f1[frame.architecture == c].mean() for c in ("no_context", "full_context"))
+    out.insert(4, "kept", (out.f1 - low)/(high - low))
+    return out
+
+def plot_ablations(results:list[dict], score:str="f1", ax=None):
+    "A score against the number of vectors, one line an architecture (with its first losses); controls dashed."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(6, 3.5))[1]
+    frame = ablation_table(results).reset_index()
+    for a, rows in frame.groupby("architecture", sort=False):
+        rows = rows[rows.losses == rows.losses.iloc[0]].sort_values("M"); style = dict(ls="--" if a in CONTROLS else "-", label=a)
+        if a in ("full_context", "no_context"): ax.axhline(rows[score].iloc[0], color="black" if a[0] == "f" else "grey", **style)
+        else: ax.errorbar(rows.M, rows[score], rows.spread.fillna(0) if score == "f1" else None, marker="o", capsize=3, **style)
+    ax.set_xscale("log", base=2); ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    ax.set(xlabel="vectors, or tokens", ylabel=dict(f1="F1", em="exact match").get(score, score)); ax.grid(alpha=.3); ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, .5))
+    return ax
