@@ -136,7 +136,7 @@ def questions_of(
     return (Questions(some("train", config.train_examples, config.seed), tokenizer, config, most, progress),
             Questions(some("valid", config.valid_examples, 0), tokenizer, config, most, progress))
 
-# %% ../../nbs/gist/52b_qa.ipynb #cb088ae9
+# %% ../../nbs/gist/52b_qa.ipynb #b9c7a737
 def write_json(file:Path, content):
     "Beside, then renamed."
     new = file.with_name(f".{file.name}"); new.write_text(json.dumps(content, indent=1, ensure_ascii=False)); new.rename(file)
@@ -153,9 +153,11 @@ def train_reader(reader:Reader, questions:Questions, end:int, folder:Path, devic
     stages = [("pretrain", dict(reconstruction=1.), 0 if c.control else c.pretrain_epochs), ("train", c.weights, c.epochs)]
     for name, weights, epochs in stages:
         if not epochs: continue
+        if not c.control: reader.repeat.requires_grad_("reconstruction" in weights)      # several processes want a gradient for whatever learns
         history = fit(reader, questions, loss=qa_loss(weights, end, teacher), epochs=epochs, batch_size=c.batch_size, accumulate=c.accumulate, lr=lr, warmup=c.warmup, clip=c.max_norm,
                       seed=c.seed, precision=c.precision, checkpoint=folder/f"fit-{name}", on_step=Steps(), progress=progress)
         write_json(folder/f"{name}.json", history); seconds += history[-1]["seconds"]
+    if not c.control: reader.repeat.requires_grad_()
     return seconds
 
 def run_single_ablation(

@@ -234,7 +234,7 @@ def check_model(model):
     lacking = [n for n in ("inputs_embeds", "position_ids", "logits_to_keep") if n not in inspect.signature(model.forward).parameters]
     if lacking: raise TypeError(f"{type(model).__name__} takes no {lacking[0]}: a reader needs a causal language model that does")
 
-# %% ../../nbs/gist/52_reader.ipynb #e8360d99
+# %% ../../nbs/gist/52_reader.ipynb #2062adbd
 class Reader(nn.Module):
     "A frozen language model with LoRA that reads a compressed context, or what a control leaves of it."
     def __init__(
@@ -252,7 +252,7 @@ class Reader(nn.Module):
         width = model.config.get_text_config().hidden_size
         self.compressor = None if config.control else make_compressor(config.architecture, width, config.target_length, **config.settings)
         self.lm, self.config, self.start = add_lora(model, config.lora_rank), config, start
-        if self.compressor is None: return
+        if config.control: return
         self.scale = nn.Parameter(size*torch.ones(width, device=size.device))                     # of what enters the model
         self.repeat = nn.Parameter(size*torch.randn(width, device=size.device))                   # stands where a question would, and asks for the whole context
         self.compressor.to(size.device)
