@@ -199,7 +199,7 @@ class Arrivals:
     counts:torch.Tensor     # (B, n) tokens in the cluster right after joining (sums of weights, where given)
     centroids:torch.Tensor  # (B, n, D) its mean right after joining
 
-# %% ../../nbs/recursive/60_cluster.ipynb #94e38868
+# %% ../../nbs/recursive/60_cluster.ipynb #14e41f47
 class StreamingClusters:
     "Clusters tokens as they come, one by one or in pieces of any size; constant memory, and constant work for a token."
     def __init__(self, config:Clustering=Clustering(), modulator:ThresholdModulator|None=None):
@@ -227,6 +227,7 @@ def _checked(stream, hidden, mask, attention, surprisal, weights):
     if (c.attention_weight or c.shield) and attention is not None and (attention.ndim != 4 or attention.shape[0] != B or attention.shape[2:] != (n, T)): raise ValueError(f"attention is {tuple(attention.shape)}; it must be (batch, heads, {n} new tokens, {T} tokens so far)")
     if c.attention_weight and attention is None: raise ValueError("attention_weight needs the attention maps: pass attention=(batch, heads, n, tokens so far), or set it to 0")
     if not c.shield and (surprisal is not None or attention is not None and not c.attention_weight): raise ValueError("nothing reads the " + ("surprisal" if surprisal is not None else "attention") + ": set shield" + ("" if surprisal is not None else " or attention_weight"))
+    if attention is not None and mask is None and stream.columns and bool((stream.seen < stream.columns).any()): raise ValueError("this stream has padding: with attention, pass the mask over all tokens so far")
     if surprisal is not None and surprisal.shape != (B, n): raise ValueError(f"surprisal is {tuple(surprisal.shape)}, not {(B, n)}")
     if weights is not None and (weights.shape != (B, n) or weights.is_floating_point() or bool((weights < 1).any())): raise ValueError(f"weights must be whole numbers of 1 or more, {(B, n)}")
     new = hidden.new_ones(B, n, dtype=torch.bool) if mask is None else mask[:, -n:].bool()
