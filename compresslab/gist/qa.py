@@ -9,10 +9,9 @@ __all__ = ['MENTIONS', 'mentioned', 'mentions', 'write_rows', 'save_reader', 'lo
            'write_json', 'train_reader', 'run_single_ablation', 'grid', 'run_or_miss', 'run_elsewhere', 'run_ablations',
            'ablation_table', 'plot_ablations']
 
-# %% ../../nbs/gist/52b_qa.ipynb #5229abf5
+# %% ../../nbs/gist/52b_qa.ipynb #362fa864
 import builtins, json, os, queue, re, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -20,10 +19,8 @@ from shutil import rmtree
 
 import pandas as pd
 import torch
-from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..data import documents, squad, start_token
@@ -34,7 +31,7 @@ from ..store import find_tokenizer, load
 from ..surgery import params
 from ..train import fit
 
-# %% ../../nbs/gist/52b_qa.ipynb #50230b6d
+# %% ../../nbs/gist/52b_qa.ipynb #455d2f27
 MENTIONS = dict(exception=(r"\b([A-Z]\w+)\b", {n for n, x in vars(builtins).items() if isinstance(x, type) and issubclass(x, BaseException)}),
                 module=(r"\b(?:import|from) (\w+)|\b[a-z]+(?=\.\w)", {*sys.stdlib_module_names}),
                 function=(r"(?<![\w.])([a-z]+)\(", {n for n, x in vars(builtins).items() if callable(x) and n.islower()}))
@@ -50,6 +47,7 @@ def mentioned(
         if len(names) == 1 and len(at) == 1: out[kind] = (*names, at[0])
     return out
 
+# %% ../../nbs/gist/52b_qa.ipynb #602e0ea9
 def mentions(
     tokenizer, # A fast one
     split:str="train", # "train", "valid" or "test"
@@ -136,15 +134,15 @@ def questions_of(
     return (Questions(some("train", config.train_examples, config.seed), tokenizer, config, most, progress),
             Questions(some("valid", config.valid_examples, 0), tokenizer, config, most, progress))
 
-# %% ../../nbs/gist/52b_qa.ipynb #b9c7a737
+# %% ../../nbs/gist/52b_qa.ipynb #c93950c2
 def write_json(file:Path, content):
     "Beside, then renamed."
     new = file.with_name(f".{file.name}"); new.write_text(json.dumps(content, indent=1, ensure_ascii=False)); new.rename(file)
 
-def train_reader(reader:Reader, questions:Questions, end:int, folder:Path, device=None, progress:bool=True, on_step=None) -> float: # Seconds
+def train_reader(reader:Reader, questions:Questions, end:int, folder:Path, progress:bool=True, on_step=None) -> float: # Seconds
     "Pretrain and train a reader as its configuration says, with checkpoints in a folder."
     c, seconds = reader.config, 0.
-    teacher = load_reader(c.teacher, device) if c.teacher and "distillation" in c.weights else None
+    teacher = load_reader(c.teacher) if c.teacher and "distillation" in c.weights else None
     if teacher is not None and teacher.config.architecture != "full_context": raise ValueError(f"the teacher {c.teacher} reads {teacher.config.architecture}: distil from a full_context run")
     lr, slower = (c.lora_lr, None) if c.control else (c.compressor_lr, Slower("lora", c.lora_lr/c.compressor_lr))
     class Steps:
@@ -160,6 +158,7 @@ def train_reader(reader:Reader, questions:Questions, end:int, folder:Path, devic
     if not c.control: reader.repeat.requires_grad_()
     return seconds
 
+# %% ../../nbs/gist/52b_qa.ipynb #3c370c01
 def run_single_ablation(
     config:CompressionConfig,
     folder:str|Path="runs", # The run has its own folder there, called as `run_name` says
@@ -207,7 +206,7 @@ def grid(
     out += [replace(base, architecture=a, target_length=M, loss_weights=w, seed=s, settings=settings.get(a, {})) for s in seeds for w in loss_weights for M in target_lengths for a in architectures]
     return [*{run_name(c): c for c in out}.values()]
 
-# %% ../../nbs/gist/52b_qa.ipynb #598253bb
+# %% ../../nbs/gist/52b_qa.ipynb #46b6aa64
 def run_or_miss(config:CompressionConfig, folder:str|Path, progress:bool=True, **options) -> dict:
     "`run_single_ablation`; where LLMLingua-2 cannot be had, what is missing instead of scores."
     try: return run_single_ablation(config, folder, progress, **options)
@@ -222,6 +221,7 @@ def run_elsewhere(config:CompressionConfig, folder:str|Path, gpu:str|None=None) 
     if done.returncode: raise RuntimeError(f"run {run_name(config)} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
+# %% ../../nbs/gist/52b_qa.ipynb #5b148019
 def run_ablations(
     configs:list[CompressionConfig], # As `grid` makes them
     folder:str|Path="runs",
@@ -251,7 +251,7 @@ def run_ablations(
     bar.close()
     return [results[run_name(c)] for c in configs]
 
-# %% ../../nbs/gist/52b_qa.ipynb #7566e9fd
+# %% ../../nbs/gist/52b_qa.ipynb #06c40532
 def ablation_table(
     results:list[dict], # As `run_ablations` returns them, or `results_summary.json` has them
 ) -> pd.DataFrame: # By architecture, M and losses: means over seeds, the spread of F1 (standard deviation), the share of the gap
@@ -264,6 +264,7 @@ def ablation_table(
     out.insert(4, "kept", (out.f1 - low)/(high - low))
     return out
 
+# %% ../../nbs/gist/52b_qa.ipynb #d20b413b
 def plot_ablations(results:list[dict], score:str="f1", ax=None):
     "A score against the number of vectors, one line an architecture (with its first losses); controls dashed."
     import matplotlib.pyplot as plt
