@@ -378,7 +378,7 @@ class Clusters(Arrivals):
         following = torch.full((len(t), len(t) + 1), len(t), device=t.device)[:1].repeat(len(self.mask), 1).scatter(1, torch.where(previous >= 0, previous, len(t)), t.expand_as(previous))[:, :-1]
         return self.mask[:, None] & (t <= t[:, None]) & (following[:, None] > t[:, None])
 
-# %% ../../nbs/recursive/60_cluster.ipynb #a83752c7
+# %% ../../nbs/recursive/60_cluster.ipynb #4b1bc90a
 def current(self:Clusters,
     t:int|None=None, # A column; the last one by default
 ) -> torch.Tensor: # (B, K) long: the row of each cluster's version at time t, -1 where it is not born
@@ -386,7 +386,7 @@ def current(self:Clusters,
     t = len(self) - 1 if t is None else t
     if not 0 <= t < len(self): raise ValueError(f"t={t} is not a column of {len(self)} tokens")
     head = self.cluster[:, :t + 1]
-    last = torch.full((len(head), int(head.max()) + 2), -1, device=head.device)           # padding, cluster -1, goes to one place more
+    last = torch.full((len(head), max(int(head.max()), 0) + 2), -1, device=head.device)           # padding, cluster -1, goes to one place more
     return last.scatter_reduce(1, head % last.shape[1], torch.arange(t + 1, device=head.device).expand_as(head), "amax")[:, :-1]
 
 def reconstruct(self:Clusters,
