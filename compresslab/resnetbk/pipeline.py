@@ -6,9 +6,9 @@ Docs: https://compresslab.github.io/compresslab/resnetbk/pipeline.html.md"""
 
 # %% auto #0
 __all__ = ['FOUR', 'THREE', 'TERNARY', 'MODELS', 'Rows', 'rows_of', 'check_disjoint', 'behind_grid', 'pack', 'weigh', 'thin',
-           'thinnest_that_fits', 'smallest_of_its_kind', 'has_experts', 'CompressionPipeline']
+           'largest_student', 'largest_of_its_kind', 'has_experts', 'CompressionPipeline']
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #1cbcda69
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #f682891c
 import copy, json, math, shutil, time
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from ..mixtures import mixtures
 from ..pruning.experts import ProgressivePruningScheduler
 from ..pruning.structured import prune_channels
 from ..resizing import mlp_width
-from ..quant.qat import QATEmbedding, QATLinear, convert, prepare_qat
+from ..quant.qat import QATEmbedding, QATLinear, convert, prepare_qat, wide
 from .model import MoE, ResNetBKConfig, ResNetBKForCausalLM
 from ..store import load, save, stored_bytes
 from ..surgery import matrix, params
@@ -76,7 +76,7 @@ def behind_grid(
     if missing: raise ValueError(f"{sorted(missing)[0]} is not in this {type(model).__name__}: its config no longer describes it")
     return plain.eval()
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #b461ce25
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #6b5ab8e8
 def pack(model): # Changed in place
     "Packed layers for fake-quantized ones, bfloat16 for what little stays in floats."
     return convert(model).to(torch.bfloat16)
@@ -89,7 +89,7 @@ def weigh(
     "What a model takes at most once it is packed and stored."
     model, g = copy.deepcopy(model).eval(), torch.Generator().manual_seed(0)
     for m in model.modules():
-        if isinstance(m, QATLinear): m.weight.copy_(torch.rand(m.weight.shape, generator=g).to(m.weight.device)*m.levels - .5 - m.zero.repeat_interleave(m.group_size, 1)[:, :m.weight.shape[1]])
+        if isinstance(m, QATLinear): m.weight.copy_(torch.rand(m.weight.shape, generator=g).to(m.weight.device)*m.levels - .5 - wide(m.zero, m.group_size, m.weight.shape[1]))
         if isinstance(m, nn.LayerNorm): m.weight.copy_(1 + .3*torch.randn(m.weight.shape, generator=g).to(m.weight.device))
     try: return stored_bytes(save(pack(model), folder, entropy=True))
     finally: shutil.rmtree(folder, ignore_errors=True)
@@ -113,7 +113,7 @@ def thin(
     if rank is not None: put_factors(student, [*targets(student, embeddings=True)["model.embed_tokens"]], *truncate(student.model.embed_tokens.weight, rank))
     return student
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #a3956307
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #b78053fe
 FOUR = dict(bits=4, grid="asymmetric", group_size=32)
 THREE = dict(bits=3, grid="symmetric", group_size=0, shared_scale=True) # No zero points, no scales to speak of
 TERNARY = dict(bits=2, grid="ternary", group_size=0, shared_scale=True) # 1.58 bits a weight, where nothing else fits
@@ -136,7 +136,7 @@ def _fill(teacher, grid, budget, folder) -> dict|None: # A shape for `thin`
         while high - low > 1: low, high = (middle, high) if size(body, middle := (low + high)//2) <= budget else (low, middle) # low fits, high does not
         return shape(body, low)
 
-def thinnest_that_fits(
+def largest_student(
     teacher, # A ResNet-BK model
     budget:int, # Bytes
     folder:Path, # A scratch folder
@@ -149,8 +149,8 @@ def thinnest_that_fits(
         if found := _fill(teacher, grid, budget, folder): return thin(teacher, **found), found, grid
     raise ValueError(f"no student of this {type(teacher).__name__} takes as little as {budget:,} bytes: ask for a smaller target_compression")
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #fb9bed48
-def smallest_of_its_kind(
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #25c4b018
+def largest_of_its_kind(
     teacher, # A transformers causal model
     budget:int, # Bytes
     folder:Path, # A scratch folder
@@ -226,7 +226,7 @@ class _Frame:
         save(floats, self.folder/"behind"/name)
         return dict(about, parameters=params(floats))
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #2e89b577
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #14c11cf6
 def has_experts(model) -> bool:
     "Whether a model has mixtures of experts."
     try: return bool(mixtures(model))
@@ -276,12 +276,13 @@ class _Stages(_Frame):
         behind, scratch = self.folder/"behind", self.folder/"checkpoint.weighed"
         if not (behind/"student.json").exists():              # in floats first: on a coarse grid a student learns slowly from nothing
             source = load(behind/"pruning").to(self.device); torch.manual_seed(self.settings["seed"])
-            student, shape, grid = thinnest_that_fits(source, self.budget, scratch) if isinstance(source, ResNetBKForCausalLM) else smallest_of_its_kind(source, self.budget, scratch, self.calibration)
+            student, shape, grid = largest_student(source, self.budget, scratch) if isinstance(source, ResNetBKForCausalLM) else largest_of_its_kind(source, self.budget, scratch, self.calibration)
             losses = self._learn(student, teacher, self.settings["floating"]*epochs, self.settings["lr"], "student")
             save(student.eval(), behind/"student"); _write(behind/"student.json", dict(shape=shape, grid=grid, losses=losses))
         made = json.loads((behind/"student.json").read_text())
-        student = _prepared(load(behind/"student").to(self.device), made["grid"])
-        numbers = params(load(behind/"student"))
+        student = load(behind/"student").to(self.device)
+        numbers = params(student)
+        student = _prepared(student, made["grid"])
         losses = self._learn(student, teacher, (1 - self.settings["floating"])*epochs, self.settings["lr"], "distillation")
         save(pack(student.eval()), self.folder/"final_model", self.tokenizer, entropy=True)
         return dict(training_losses=made["losses"] + losses, parameters=numbers, teacher=best, teacher_params=params(teacher), student_params=numbers, student={**made["shape"], **made["grid"]})
