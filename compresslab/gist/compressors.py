@@ -65,10 +65,15 @@ class Compressor(nn.Module):
         if hidden.shape[-1] != self.dim: raise ValueError(f"the hidden states are {hidden.shape[-1]} wide, this {type(self).__name__} was made for {self.dim}")
         return self.compress(*compact(hidden, mask))
 
-# %% ../../nbs/gist/50_compressors.ipynb #bd7dcb0b
-def _attention(dim, heads):
+# %% ../../nbs/gist/50_compressors.ipynb #7f664649
+@torch.no_grad()
+def _attention(dim, heads, copies=True):
+    "Attention that begins by passing on what it attends to, or, without `copies`, next to nothing."
     if dim % heads: raise ValueError(f"{heads} heads do not divide {dim} channels: choose another number of heads")
-    return nn.MultiheadAttention(dim, heads, bias=False, batch_first=True)
+    attention = nn.MultiheadAttention(dim, heads, bias=False, batch_first=True)
+    if copies: nn.init.eye_(attention.in_proj_weight[2*dim:]); nn.init.eye_(attention.out_proj.weight)
+    else: nn.init.normal_(attention.out_proj.weight, std=1e-3)
+    return attention
 
 def _padding(hidden, lengths): return torch.arange(hidden.shape[1], device=hidden.device) >= lengths[:, None]
 
@@ -89,9 +94,9 @@ class CrossAttentionCompressor(Compressor):
         queries, tokens = self.queries.expand(len(hidden), -1, -1), self.norm_tokens(hidden)
         return queries + self.attention(self.norm_queries(queries), tokens, tokens, key_padding_mask=_padding(hidden, lengths), need_weights=False)[0]
 
-# %% ../../nbs/gist/50_compressors.ipynb #e437559a
+# %% ../../nbs/gist/50_compressors.ipynb #ef6f88fe
 class ConvCompressor(Compressor):
-    "A strided depthwise convolution between two matrices, then means of windows."
+    "A strided depthwise convolution of gated tokens, then means of windows; at the start means of tokens."
     def __init__(
         self,
         dim:int, # D
@@ -100,14 +105,16 @@ class ConvCompressor(Compressor):
     ):
         super().__init__(dim, target_length)
         if stride < 1: raise ValueError(f"stride={stride}: a convolution moves by 1 token or more")
-        self.before, self.after = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.value, self.gate, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.conv = nn.Conv1d(dim, dim, 2*stride + 1, stride=stride, padding=stride, groups=dim)
+        for m in (self.value, self.out): nn.init.eye_(m.weight); nn.init.zeros_(m.bias)
+        for p in (*self.gate.parameters(), *self.conv.parameters()): nn.init.zeros_(p)
+        with torch.no_grad(): self.conv.weight[..., stride:2*stride] = 1/stride
 
     def compress(self, hidden, lengths):
         "(B, N, D) with tokens in front -> (B, M, D)"
-        x = self.before(hidden).masked_fill(_padding(hidden, lengths)[..., None], 0)
-        x = self.after(F.gelu(self.conv(x.mT).mT))
-        return window_means(x, (lengths - 1)//self.conv.stride[0] + 1, self.target_length)
+        x = (2*self.value(hidden)*self.gate(hidden).sigmoid()).masked_fill(_padding(hidden, lengths)[..., None], 0)
+        return self.out(window_means(self.conv(x.mT).mT, (lengths - 1)//self.conv.stride[0] + 1, self.target_length))
 
 # %% ../../nbs/gist/50_compressors.ipynb #0b0a8b76
 class WeightedPoolingCompressor(Compressor):
@@ -140,14 +147,15 @@ class WeightedPoolingCompressor(Compressor):
         heads = self.value(inside).unflatten(-1, (weights.shape[-1], -1))
         return self.out((weights[..., None]*heads).sum(2).flatten(-2))
 
-# %% ../../nbs/gist/50_compressors.ipynb #05a3df21
+# %% ../../nbs/gist/50_compressors.ipynb #43ec9140
 class GistLayer(nn.Module):
     "Gists attend to tokens, then to each other, then pass a feed-forward layer."
     def __init__(self, dim:int, heads:int):
         super().__init__()
         self.norms = nn.ModuleDict({n: nn.LayerNorm(dim) for n in ("cross", "tokens", "among", "feed")})
-        self.cross, self.among = _attention(dim, heads), _attention(dim, heads)
+        self.cross, self.among = _attention(dim, heads), _attention(dim, heads, copies=False)
         self.feed_forward = nn.Sequential(nn.Linear(dim, 4*dim), nn.GELU(), nn.Linear(4*dim, dim))
+        nn.init.normal_(self.feed_forward[2].weight, std=1e-3)
 
     def forward(self, gists, hidden, padding): # (B, M, D), (B, N, D), (B, N) True on padding -> (B, M, D)
         tokens = self.norms["tokens"](hidden)

@@ -6,32 +6,35 @@ Docs: https://compresslab.github.io/compresslab/gist/reader.html.md"""
 
 # %% auto #0
 __all__ = ['LOSSES', 'CONTROLS', 'LINGUA', 'CompressionConfig', 'check_config', 'to_json', 'from_json', 'run_name', 'cut',
-           'end_token', 'read_row', 'kept_tokens', 'llmlingua2', 'padded', 'Questions', 'add_lora', 'check_model',
-           'Reader', 'states', 'compress', 'prefix', 'logits', 'answer_logits', 'greedy', 'cross_entropy',
-           'contrastive', 'divergence', 'forward', 'context_room', 'model_positions', 'whole_logits', 'qa_loss',
-           'Slower', 'normalized', 'overlap', 'squad_scores']
+           'end_token', 'read_row', 'kept_tokens', 'llmlingua2', 'preserved', 'keep_likely', 'padded', 'Questions',
+           'add_lora', 'check_model', 'Reader', 'states', 'compress', 'prefix', 'logits', 'answer_logits', 'greedy',
+           'cross_entropy', 'contrastive', 'divergence', 'forward', 'context_room', 'model_positions', 'whole_logits',
+           'qa_loss', 'Slower', 'normalized', 'overlap', 'squad_scores']
 
-# %% ../../nbs/gist/52_reader.ipynb #eeb21ab7
+# %% ../../nbs/gist/52_reader.ipynb #da555170
 import inspect, json, random, re, string, warnings
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from .compressors import COMPRESSORS, make_compressor
 from .masks import positions
 from ..surgery import Stop, find, stacks
 
-# %% ../../nbs/gist/52_reader.ipynb #5064f41b
+# %% ../../nbs/gist/52_reader.ipynb #df85b2f2
 LOSSES = ("teacher_forcing", "generation", "contrastive", "reconstruction", "distillation")
 CONTROLS = ("full_context", "no_context", "first_tokens", "random_tokens", "llmlingua2")
+LINGUA = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
 
 @dataclass
 class CompressionConfig:
@@ -44,6 +47,7 @@ class CompressionConfig:
     ending:str="" # One token that ends an answer, such as "\n"; by default the tokenizer's end token
     layers:int=0 # Compressed are the hidden states after so many layers; 0: the embeddings
     train_encoder:bool=False # Whether LoRA works, and learns, in those layers too
+    lingua:str=LINGUA # The classifier of the control llmlingua2: a folder or a Hub name
     settings:dict=field(default_factory=dict) # The compressor's own: heads, stride, places, layers
     loss_weights:dict=field(default_factory=lambda: dict(teacher_forcing=1.)) # By name in `LOSSES`
     teacher:str="" # Distil from the run in this folder; by default from the bare model with the whole context
@@ -149,7 +153,7 @@ def read_row(
     if len(context) > room and config.too_long == "refuse": refuse(f"has a context of {len(context)} tokens, there is room for {room}: shorten it, or set too_long='cut'")
     return dict(id=row["id"], context=cut(row, context, room, tokenizer) if len(context) > room else context, question=question, answer=answer, references=texts)
 
-# %% ../../nbs/gist/52_reader.ipynb #19e9822f
+# %% ../../nbs/gist/52_reader.ipynb #6d206f7a
 def kept_tokens(
     context:list[int],
     config:CompressionConfig, # Of a control
@@ -160,24 +164,36 @@ def kept_tokens(
     if config.architecture == "random_tokens": return [context[i] for i in sorted(random.Random(f"{config.seed}/{key}").sample(range(len(context)), min(M, len(context))))]
     return context[:dict(full_context=len(context), no_context=0, first_tokens=M)[config.architecture]]
 
-LINGUA = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
-
 def llmlingua2(
-    tokenizer, # The language model's
-    target_length:int, # Of its tokens to keep, at most
-): # function(token ids) -> token ids
+    tokenizer, # The language model's, a fast one
+    target_length:int, # M, of its tokens
+    model:str=LINGUA, # A token classifier of two classes, drop and keep: a folder or a Hub name
+): # function(token ids) -> token ids, at most M
     "The tokens that LLMLingua-2 would keep (Pan et al. 2024)."
-    try: from llmlingua import PromptCompressor
-    except ImportError: raise ImportError("the control llmlingua2 needs the package llmlingua: pip install 'compresslab[peers]'") from None
-    try: compressor = PromptCompressor(LINGUA, use_llmlingua2=True, device_map="cuda" if torch.cuda.is_available() else "cpu")
-    except (OSError, ValueError) as e: raise FileNotFoundError(f"the control llmlingua2 needs the model {LINGUA}, which is not here and cannot be fetched ({str(e).splitlines()[0][:80]})") from None
+    try: classifier, words = AutoModelForTokenClassification.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as e: raise FileNotFoundError(f"the control llmlingua2 needs the model {model}, which is not here and cannot be fetched ({shorten(str(e).splitlines()[0], 80, placeholder='…')})") from None
+    if classifier.config.num_labels != 2: raise ValueError(f"{model} tells {classifier.config.num_labels} classes apart: the control llmlingua2 needs one that tells drop and keep")
+    most = min(classifier.config.max_position_embeddings, words.model_max_length, 512)
     def keep(ids):
         text = tokenizer.decode(ids)
-        for tokens in range(target_length, 0, -max(1, target_length//8)):       # it counts other tokens than ours: ask for fewer until they fit
-            out = tokenizer(compressor.compress_prompt([text], target_token=tokens)["compressed_prompt"], add_special_tokens=False, verbose=False)["input_ids"]
-            if len(out) <= target_length: return out
-        return out[:target_length]
+        ours = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        kept = keep_likely(*preserved(classifier, words, text, most), ours["offset_mapping"], target_length)
+        return [ours["input_ids"][i] for i in kept]
     return keep
+
+@torch.no_grad()
+def preserved(classifier, words, text:str, most:int) -> tuple[torch.Tensor, torch.Tensor]: # Both (characters,): the sum of the probabilities to be kept, how many there are
+    "P(keep) of each character: that of the classifier's token in which it stands."
+    parts = words(text, truncation=True, max_length=most, return_overflowing_tokens=True, return_offsets_mapping=True)
+    total, count = torch.zeros(len(text)), torch.zeros(len(text))
+    for ids, spans in zip(parts["input_ids"], parts["offset_mapping"]):
+        for (a, b), p in zip(spans, classifier(torch.tensor([ids])).logits[0].float().softmax(-1)[:, 1]): total[a:b] += p; count[a:b] += 1
+    return total, count
+
+def keep_likely(total, count, spans, target_length:int) -> list[int]:
+    "The likeliest tokens, in their order: each has the mean of its characters, and 0 without any."
+    scores = torch.stack([total[a:b].sum()/count[a:b].sum().clamp(min=1) for a, b in spans])
+    return sorted(scores.argsort(descending=True, stable=True)[:target_length].tolist())
 
 # %% ../../nbs/gist/52_reader.ipynb #1a6868f8
 def padded(
@@ -190,7 +206,7 @@ def padded(
     fill = lambda row, x: row + [x]*(width - len(row)) if side == "right" else [x]*(width - len(row)) + row
     return torch.tensor([fill(r, 0) for r in rows], dtype=torch.long), torch.tensor([fill([1]*len(r), 0) for r in rows], dtype=torch.long)
 
-# %% ../../nbs/gist/52_reader.ipynb #b2965722
+# %% ../../nbs/gist/52_reader.ipynb #2a98a984
 class Questions:
     "Questions as `fit` reads them: a map-style dataset whose batches are padded each to its own longest row."
     def __init__(
@@ -202,7 +218,7 @@ class Questions:
         progress:bool=False, # Show a bar
     ):
         self.rows = [read_row(r, tokenizer, config, most) for r in tqdm(rows, desc="tokenize", disable=not progress)]
-        keep = llmlingua2(tokenizer, config.target_length) if config.architecture == "llmlingua2" else None
+        keep = llmlingua2(tokenizer, config.target_length, config.lingua) if config.architecture == "llmlingua2" else None
         for r in self.rows:
             r["whole"] = r["context"]
             if config.control: r["context"] = keep(r["context"]) if keep else kept_tokens(r["context"], config, r["id"])
