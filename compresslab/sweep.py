@@ -69,7 +69,7 @@ def _alone(storage, name):
             connection.execute(text("select pg_advisory_xact_lock(:key)"), dict(key=zlib.crc32(name.encode())))
             yield
 
-# %% ../nbs/91_sweep.ipynb #f69c549d
+# %% ../nbs/91_sweep.ipynb #2a4bfb13
 class Sweep:
     "A search over a program's settings: create or resume it, then let agents run it."
     def __init__(self,
@@ -79,7 +79,7 @@ class Sweep:
         seed:int=0, # Of the search itself
         heartbeat:int=60, # Seconds between signs of life; an agent silent for twice that is dead
     ):
-        found = not isinstance(source, dict) and not Path(source).suffix
+        found = not isinstance(source, dict) and not Path(source).is_file() and Path(source).suffix not in (".yaml", ".yml")
         spec = None if found else read_sweep(source)
         self.name = str(source) if found else spec["name"]
         self.folder, self.heartbeat = Path(folder or Path("out")/"sweeps"/self.name), heartbeat
