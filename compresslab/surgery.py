@@ -49,12 +49,13 @@ def stacks(model:nn.Module) -> dict[str, nn.ModuleList]: # In the order of execu
                 and not any(name.startswith(f + ".") for f in found)): found[name] = m
     return found
 
-# %% ../nbs/02_surgery.ipynb #8592bc1b
+# %% ../nbs/02_surgery.ipynb #a2d989f6
 def tied(model:nn.Module) -> dict[str, list[str]]: # For each name of a module with a `weight`: all names that share it, itself included
     "Which modules share their weight."
     owners = {}
     for n, m in model.named_modules(remove_duplicate=False):
-        if isinstance(getattr(m, "weight", None), (nn.Parameter, nn.Module)): owners.setdefault(id(m.weight), []).append(n)
+        own = next((d["weight"] for d in (m._parameters, m._modules) if d.get("weight") is not None), None)    # a wrapper's property is no weight of its own
+        if own is not None: owners.setdefault(id(own), []).append(n)
     return {n: names for names in owners.values() for n in names}
 
 # %% ../nbs/02_surgery.ipynb #312f2f64

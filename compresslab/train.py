@@ -121,7 +121,7 @@ def _load_checkpoint(accelerator, folder, settings):
     accelerator.load_state(str(found))
     return History(saved["history"])
 
-# %% ../nbs/03_train.ipynb #a60dd251
+# %% ../nbs/03_train.ipynb #8930c89f
 def fit(
     model:torch.nn.Module, # Trained in place
     data, # A map-style dataset of dicts of tensors, such as `data.Blocks`
@@ -170,11 +170,11 @@ def fit(
                                              generator=torch.Generator()))  # its own, so that starting to read does not advance dropout's
     save = (lambda: _save_checkpoint(accelerator, history, folder, settings)) if folder else (lambda: None)
     try: return _loop(accelerator, wrapped, opts, batches, history, settings, per_step, loss, save, save_minutes, on_step, progress, folder)
-    finally:                                                   # accelerate's autocast does not stay in the model
-        for key in ("forward", "_original_forward"): model.__dict__.pop(key, None)
+    finally:                         # accelerate's autocast does not stay in the model, nor the mark that would keep the next `fit` from it
+        for key in ("forward", "_original_forward", "_is_accelerate_prepared"): model.__dict__.pop(key, None)
         model.__dict__.update(own)
 
-# %% ../nbs/03_train.ipynb #860e124f
+# %% ../nbs/03_train.ipynb #434c2905
 def _finite(accelerator, total, norm) -> bool:
     "Whether a step may be taken: the loss is finite on every process, and so is the gradient (float16 skips steps with infinite ones by itself)."
     good = math.isfinite(total) and (accelerator.scaler is not None or math.isfinite(float(norm)))
@@ -192,8 +192,8 @@ def _loop(accelerator, model, opts, batches, history, settings, per_step, loss, 
         if stop: raise KeyboardInterrupt
         stop.append(True)
     if main: before = signal.signal(signal.SIGINT, finish_step)
-    if hasattr(on_step, "start"): on_step.start(accelerator.unwrap_model(model), history)
     try:
+        if hasattr(on_step, "start"): on_step.start(accelerator.unwrap_model(model), history)
         for batch in batches:
             total = total or 0.
             for o in opts:
