@@ -31,45 +31,53 @@ def _quiet():
         warnings.simplefilter("ignore")
         yield
 
-# %% ../nbs/91_sweep.ipynb #9289bc51
-def _open(storage, folder, heartbeat):
-    "Optuna's storage for a URL, or for `sweep.db` in the folder; one line for what cannot be opened."
-    optuna = _optuna()
-    from sqlalchemy import event
+# %% ../nbs/91_sweep.ipynb #ea0710a8
+def _url(storage, folder):
+    "Where the database is, as SQLAlchemy says it."
+    _optuna()
     from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
-    url = make_url(str(storage)) if storage else make_url(f"sqlite:///{(folder/'sweep.db').absolute()}")
-    backend = url.get_backend_name()
-    if backend not in ("sqlite", "postgresql"): raise ValueError(f"storage '{backend}': use sqlite:///FILE on one machine, postgresql://USER@HOST/DATABASE for many")
-    if url.drivername == "postgresql": url = url.set(drivername="postgresql+psycopg")
-    if url.database and backend == "sqlite": Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        options = dict(connect_args=dict(timeout=60)) if backend == "sqlite" else dict(pool_pre_ping=True)
-        with _quiet(): opened = optuna.storages.RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=2*heartbeat)
-        if backend == "sqlite": # a write-ahead log: readers and the writer do not wait for each other, and a commit survives any kill
-            opened.engine.dispose()
-            event.listen(opened.engine, "connect", lambda connection, _: connection.executescript("pragma journal_mode=wal; pragma synchronous=normal"))
-        return opened
-    except ImportError: raise ImportError("PostgreSQL needs psycopg: pip install 'compresslab[sweep]'") from None
-    except (SQLAlchemyError, RuntimeError, optuna.exceptions.StorageInternalError) as e:
-        cause = e.__cause__ if isinstance(e, optuna.exceptions.StorageInternalError) else e
-        said = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
-        raise ValueError(f"{url.render_as_string()} cannot be opened as a sweep's storage: {said}") from None
+    from sqlalchemy.exc import ArgumentError
+    try: url = make_url(str(storage) if storage else f"sqlite:///{(folder/'sweep.db').absolute()}")
+    except ArgumentError: raise ValueError("--storage is not a URL: use sqlite:///FILE on one machine, postgresql://USER@HOST/DATABASE for many") from None
+    if url.get_backend_name() not in ("sqlite", "postgresql"): raise ValueError(f"storage '{url.drivername}': use sqlite:///FILE on one machine, postgresql://USER@HOST/DATABASE for many")
+    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
 
-# %% ../nbs/91_sweep.ipynb #b90b64c5
 @contextmanager
-def _alone(storage, name):
+def _alone(url, name):
     "One agent at a time, on one machine or on many."
-    if storage.engine.dialect.name == "sqlite":
+    if url.get_backend_name() == "sqlite":
         from filelock import FileLock
-        with FileLock(storage.engine.url.database + ".lock"): yield
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(url.database + ".lock"): yield
     else:
-        from sqlalchemy import text
-        with storage.engine.begin() as connection:
+        from sqlalchemy import NullPool, create_engine, text
+        with create_engine(url, poolclass=NullPool).begin() as connection:
             connection.execute(text("select pg_advisory_xact_lock(:key)"), dict(key=zlib.crc32(name.encode())))
             yield
 
-# %% ../nbs/91_sweep.ipynb #2a4bfb13
+# %% ../nbs/91_sweep.ipynb #147563c7
+def _open(url, heartbeat):
+    "Optuna's storage there; one line for what cannot be opened."
+    optuna = _optuna()
+    from sqlalchemy import event
+    from sqlalchemy.exc import SQLAlchemyError
+    sqlite = url.get_backend_name() == "sqlite"
+    try:
+        with _alone(url, "tables"), _quiet(): # agents that start together must not make the tables together
+            opened = optuna.storages.RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=dict(connect_args=dict(timeout=60)) if sqlite else dict(pool_pre_ping=True),
+                                                heartbeat_interval=heartbeat, grace_period=2*heartbeat)
+            if sqlite: # a write-ahead log: readers and the writer do not wait for each other, and a commit survives any kill
+                opened.engine.dispose()
+                event.listen(opened.engine, "connect", lambda connection, _: connection.executescript("pragma journal_mode=wal; pragma synchronous=normal"))
+                with opened.engine.connect(): pass
+        return opened
+    except ImportError: raise ImportError("PostgreSQL needs psycopg: pip install 'compresslab[sweep]'") from None
+    except (SQLAlchemyError, RuntimeError, OSError, optuna.exceptions.StorageInternalError) as e:
+        cause = e.__cause__ if isinstance(e, optuna.exceptions.StorageInternalError) else e
+        said = " ".join(str(getattr(cause, "orig", None) or cause).split())
+        raise ValueError(f"{url.render_as_string()} cannot be opened as a sweep's storage: {said[:200]}") from None
+
+# %% ../nbs/91_sweep.ipynb #7b78f491
 class Sweep:
     "A search over a program's settings: create or resume it, then let agents run it."
     def __init__(self,
@@ -84,13 +92,15 @@ class Sweep:
         self.name = str(source) if found else spec["name"]
         self.folder, self.heartbeat = Path(folder or Path("out")/"sweeps"/self.name), heartbeat
         self._check_folder(spec, storage)
-        self.storage = _open(storage, self.folder, heartbeat)
+        self.url = _url(storage, self.folder)
+        self.storage = _open(self.url, heartbeat)
         self.study = self._find(spec, seed)
         self.spec, self.seed = self.study.user_attrs["sweep"], self.study.user_attrs["seed"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder/"sweep.json").write_text(json.dumps(self.spec, indent=1))
+        fresh = self.folder/f"sweep.json.{os.getpid()}"      # other agents read it at any time: never half a file
+        fresh.write_text(json.dumps(self.spec, indent=1)); os.replace(fresh, self.folder/"sweep.json")
 
-# %% ../nbs/91_sweep.ipynb #afaa4045
+# %% ../nbs/91_sweep.ipynb #8f35e109
 def _difference(old, new):
     "The first key in which two sweeps differ; None: they are the same search."
     for k in ("method", "metric", "bands", "command", "program"):
@@ -103,18 +113,18 @@ def _check_folder(self:Sweep, spec, storage):
         if spec is None and not storage: raise FileNotFoundError(f"no sweep '{self.name}' in {self.folder}: create it from its file, or give --storage")
         return
     record = self.folder/"sweep.json"
-    if not record.exists() and not (self.folder/"sweep.db").exists(): raise ValueError(f"{self.folder} is not a sweep's folder: choose another")
+    if not any(f.name.startswith("sweep.") for f in self.folder.iterdir()): raise ValueError(f"{self.folder} is not a sweep's folder: choose another")
     if spec is None or not record.exists(): return
     try: differs = _difference(json.loads(record.read_text()), json.loads(json.dumps(spec)))
     except (ValueError, KeyError, AttributeError): raise ValueError(f"{record} is damaged or of an older version: choose another folder") from None
     if differs: raise ValueError(f"{self.folder} holds another sweep '{self.name}' ({differs} differs): give this one another name or folder")
 Sweep._check_folder = _check_folder
 
-# %% ../nbs/91_sweep.ipynb #26296867
+# %% ../nbs/91_sweep.ipynb #4f152069
 def _find(self:Sweep, spec, seed):
     "The study in the storage, made if there is none; never one of another sweep."
     optuna = _optuna()
-    with _alone(self.storage, self.name):
+    with _alone(self.url, self.name):
         names = optuna.get_all_study_names(self.storage)
         if self.name not in names:
             if spec is None: raise FileNotFoundError(f"no sweep '{self.name}' in the storage: " + (f"there are {', '.join(names)}" if names else "it is empty"))
@@ -146,13 +156,13 @@ def _state(attempts):
     if last.state.name != "FAIL": return dict(COMPLETE="finished", PRUNED="stopped early", RUNNING="running", WAITING="waiting")[last.state.name]
     return "failed" if "error" in last.user_attrs else "killed"
 
-# %% ../nbs/91_sweep.ipynb #45d2574f
+# %% ../nbs/91_sweep.ipynb #8cb88a63
 ATTEMPTS = 3 # a point whose agents died this often stays "killed"
 
 def _take(self:Sweep):
     "The next attempt, as an Optuna trial that is running; None: no point is free."
     optuna = _optuna()
-    with _alone(self.storage, self.name), _quiet():
+    with _alone(self.url, self.name), _quiet():
         optuna.storages.fail_stale_trials(self.study)
         if not self._waiting():
             points = self._points()
@@ -334,10 +344,10 @@ def agent(self:Sweep,
     return done
 Sweep.agent = agent
 
-# %% ../nbs/91_sweep.ipynb #afa2fb08
+# %% ../nbs/91_sweep.ipynb #cf046811
 def _again(self:Sweep):
     "Let failed points, and those killed too often, wait for a new attempt."
-    with _alone(self.storage, self.name):
+    with _alone(self.url, self.name):
         for point, attempts in self._points().items():
             if _state(attempts) in ("failed", "killed"): self._enqueue(point, attempts)
 Sweep._again = _again
