@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForTokenClassification, BertTokenizer, GPT2Config, GPT2LMHeadModel
 
 from compresslab.data import squad
 from compresslab.gist.compressors import COMPRESSORS
+from compresslab.gist.cost import context_costs, forward_flops, kv_bytes, questions_to_pay
 from compresslab.gist.qa import CompressionConfig, ablation_table, answer, grid, load_reader, mentions, questions_of, run_ablations, run_single_ablation, write_rows
 from compresslab.gist.reader import CONTROLS, Questions, Reader, model_positions, qa_loss, read_row, squad_scores
 from compresslab.store import find_tokenizer, load
@@ -93,3 +94,61 @@ def test_processes_find_the_same_numbers(pylm, code, tmp_path):
     assert without(apart) == without(here) and ablation_table(here).shape[0] == 2
     for r in here: assert torch.equal(*(next(iter(load_reader(tmp_path/f/r["run"]).learned().values())) for f in ("apart", "here")))
     with pytest.raises(RuntimeError, match="failed: .*was not found"): run_ablations([replace(base, architecture=a, model="nowhere") for a in ("conv", "gist")], tmp_path/"bad", processes=2, progress=False)
+
+
+def test_bad_input(pylm, tokenizer, code, tmp_path):
+    """Empty contexts, missing answers, too long contexts get one line before anything is written; a tokenizer without padding token makes no difference."""
+    good = squad(str(code), "train").select(range(6)).to_list()
+    base = CompressionConfig("conv", 8, model=str(pylm), template="\n# {question}:", ending="\n", epochs=2, batch_size=4, max_answer=4, precision="no")
+    def refused(says, config=base, **changed):
+        folder = write_rows([*good[:2], dict(good[2], **changed)], tmp_path/"rows", "train"); write_rows(good, folder, "valid")
+        with pytest.raises(ValueError, match=says): run_single_ablation(replace(config, data=str(folder)), tmp_path/"runs", progress=False)
+        assert not (tmp_path/"runs").exists()
+    refused("has an empty context", context=" \n")
+    refused("has no answer: SQuAD", answers=dict(text=[], answer_start=[]))
+    refused("has no answer span: 'elsewhere' does not stand at character 3", answers=dict(text=["elsewhere"], answer_start=[3]))
+    refused("there is room for 100: shorten it", replace(base, max_context=100, too_long="refuse"))
+    refused("no room for a context", question="why? "*400)
+    rows = squad(str(code), "train").select(range(3))
+    bare = find_tokenizer(str(pylm)); bare.pad_token = None
+    one, two = (Questions(rows, t, base, 512).batch(range(3)) for t in (tokenizer, bare))
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_llmlingua2_reads_what_its_model_prefers(pylm, tokenizer, code, tmp_path):
+    """A classifier from a folder, here a random one that reads letters: a run reads exactly M tokens of each context, the likeliest ones."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(p + chr(c) for c in range(33, 127) for p in ("", "##"))]
+    torch.manual_seed(0)
+    BertForTokenClassification(BertConfig(vocab_size=len(pieces), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=512, initializer_range=.5)).save_pretrained(tmp_path/"lingua")
+    BertTokenizer(vocab={p: i for i, p in enumerate(pieces)}, model_max_length=512).save_pretrained(tmp_path/"lingua")
+    base = CompressionConfig("llmlingua2", 16, model=str(pylm), data=str(code), lingua=str(tmp_path/"lingua"), template="\n# {question}:", ending="\n", train_examples=8, valid_examples=8, max_answer=4, precision="no")
+    metrics = run_single_ablation(base, tmp_path/"runs", progress=False)
+    assert metrics["read_tokens"] == 16 and metrics["compression_ratio"] == metrics["context_tokens"]/16
+    for row in questions_of(base, tokenizer, 512, progress=False)[1].rows:
+        at = iter(tokenizer(tokenizer.decode(row["whole"]), add_special_tokens=False)["input_ids"])
+        assert len(row["context"]) == 16 and all(t in at for t in row["context"])          # in the order of the text
+    left_out = run_ablations([replace(base, lingua=str(tmp_path/"nothing"))], tmp_path/"runs", progress=False)
+    assert "needs the model" in left_out[0]["missing"] and "which is not here" in left_out[0]["missing"]
+
+
+def test_cost_of_a_real_model(pylm):
+    """Operations and bytes of the bundled model with its adapters are the formula's; eight times compressed, the cache is so much smaller, and compressing embeddings costs less than reading."""
+    lm = load(pylm, dtype=torch.float32)
+    costs = context_costs(lm, (128, 448), 8, CompressionConfig("weighted_pooling"), repeats=1, progress=False)
+    for (N, way), row in costs.iterrows():
+        before = 1 + (N if way == "whole" else N//8) + 16
+        assert row.first_flops == forward_flops(lm.config, before, rank=8) and row.kv_bytes == kv_bytes(lm.config, before + 15) and row.decode_flops == forward_flops(lm.config, 1, before, rank=8)
+    whole, compressed = costs.loc[(448, "whole")], costs.loc[(448, "compressed")]
+    assert whole.kv_bytes/compressed.kv_bytes > 5 and whole.first_flops > 5*(compressed.first_flops + compressed.compress_flops) and questions_to_pay(costs).loc[448, "read anew"] >= 1
+    assert kv_bytes(lm.config, 1 + 1024 + 32)/kv_bytes(lm.config, 1 + 128 + 32) > 6
+    with pytest.raises(ValueError, match="do not fit into the model's 512 positions"): context_costs(lm, (512,), progress=False)
+
+
+@pytest.mark.parametrize("architecture", ["cross_attention", "gist"])
+def test_compressors_learn_real_code(pylm, tokenizer, tmp_path, architecture):
+    """Forty steps on pieces of the standard library, eight times compressed: most exceptions are named, in files that were never seen."""
+    rows, held = (mentions(tokenizer, split, kinds=("exception",), docs=docs, least=12 if split == "train" else 1, most=90 if split == "train" else 8) for split, docs in (("train", 260), ("valid", 50)))
+    known = {r["answers"]["text"][0] for r in rows}
+    folder = write_rows(rows, tmp_path/"rows", "train"); write_rows([r for r in held if r["answers"]["text"][0] in known], folder, "valid")
+    base = CompressionConfig(architecture, 16, str(pylm), str(folder), template="\n# {question}:", ending="\n", loss_weights=dict(teacher_forcing=1., contrastive=1.), compressor_lr=2e-3, lora_lr=2e-3, batch_size=16, max_answer=5, epochs=40*16/len(rows), settings=dict(layers=1) if architecture == "gist" else {})
+    assert run_single_ablation(base, tmp_path, progress=False)["final_em"] > 60
