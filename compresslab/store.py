@@ -12,6 +12,7 @@ __all__ = ['FORMAT', 'REPLACEMENTS', 'replacement', 'CompresslabConfig', 'Compre
 # %% ../nbs/04_store.ipynb #1110a81d
 import copy, hashlib, json, shutil, tempfile, warnings
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import torch, transformers
@@ -87,6 +88,7 @@ AUTO_QUANTIZER_MAPPING["compresslab"] = CompresslabQuantizer
 
 # %% ../nbs/04_store.ipynb #0e7b1307
 def _class(entry):
+    if entry.get("type") not in REPLACEMENTS: import_module("compresslab").import_all()
     if entry.get("type") not in REPLACEMENTS: raise ValueError(f"compresslab.json names the module type '{entry.get('type')}', which this version does not know")
     return REPLACEMENTS[entry["type"]]
 
