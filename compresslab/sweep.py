@@ -120,20 +120,21 @@ def _check_folder(self:Sweep, spec, storage):
     if differs: raise ValueError(f"{self.folder} holds another sweep '{self.name}' ({differs} differs): give this one another name or folder")
 Sweep._check_folder = _check_folder
 
-# %% ../nbs/91_sweep.ipynb #4f152069
+# %% ../nbs/91_sweep.ipynb #ad58cf07
 def _find(self:Sweep, spec, seed):
     "The study in the storage, made if there is none; never one of another sweep."
     optuna = _optuna()
     with _alone(self.url, self.name):
         names = optuna.get_all_study_names(self.storage)
-        if self.name not in names:
+        study = optuna.load_study(study_name=self.name, storage=self.storage) if self.name in names else None
+        there = study and study.user_attrs.get("sweep")
+        if study is not None and there is None and (study.trials or set(study.user_attrs) - {"seed"} or spec and study.direction.name.lower() != spec["metric"]["goal"]):
+            raise ValueError(f"study '{self.name}' in the storage was not made by a sweep: give this one another name")
+        if there is None: # none yet, or one whose creator was killed before it could say what it is for
             if spec is None: raise FileNotFoundError(f"no sweep '{self.name}' in the storage: " + (f"there are {', '.join(names)}" if names else "it is empty"))
-            study = optuna.create_study(storage=self.storage, study_name=self.name, direction=spec["metric"]["goal"])
+            study = study or optuna.create_study(storage=self.storage, study_name=self.name, direction=spec["metric"]["goal"])
             for k, v in dict(seed=seed, sweep=json.loads(json.dumps(spec))).items(): study.set_user_attr(k, v)
             return study
-        study = optuna.load_study(study_name=self.name, storage=self.storage)
-        there = study.user_attrs.get("sweep")
-        if there is None: raise ValueError(f"study '{self.name}' in the storage was not made by a sweep: give this one another name")
         if spec is not None:
             differs = _difference(there, json.loads(json.dumps(spec)))
             if differs: raise ValueError(f"the storage holds another sweep '{self.name}' ({differs} differs): give this one another name")
@@ -212,7 +213,7 @@ class _Report:
             if not isinstance(metrics, dict): raise ValueError(f"line {self.lines} of its report is not a JSON object: {line[:60].decode(errors='replace')}")
             yield metrics
 
-# %% ../nbs/91_sweep.ipynb #3fefde95
+# %% ../nbs/91_sweep.ipynb #6f9f303a
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 def _die_with_parent(): _libc.prctl(1, signal.SIGKILL)                    # PR_SET_PDEATHSIG
@@ -225,6 +226,7 @@ def _end(process, grace=10):
         try: process.wait(grace); return
         except subprocess.TimeoutExpired: pass
 
+# %% ../nbs/91_sweep.ipynb #03d15533
 def _program(sweep, config, folder, attempt, poll=.1):
     "Run a point's command; yields what it reports, raises if it fails, stops it when the stream is closed."
     (folder/"config.json").write_text(json.dumps(nest(config), indent=1))
@@ -250,10 +252,16 @@ def _function(objective, config, name):
     out = objective(nest(config))
     for value in out if inspect.isgenerator(out) else [out]: yield value if isinstance(value, dict) else {name: value}
 
-# %% ../nbs/91_sweep.ipynb #a22e2380
+# %% ../nbs/91_sweep.ipynb #e5767066
 class MetricMissing(ValueError):
     "A run has ended without reporting the sweep's metric: no other will."
+    def __init__(self, point, name, seen):
+        near = difflib.get_close_matches(name, seen, 1)
+        found = f"it reported {', '.join(sorted(map(repr, seen)))}" + (f"; did you mean {near[0]!r}?" if near else "")
+        lines = f'a program appends lines such as {{"epoch": 1, "{name}": 0.5}} to the file that $COMPRESSLAB_SWEEP_REPORT names'
+        super().__init__(f"run {point} ended without reporting '{name}': {found if seen else lines}")
 
+# %% ../nbs/91_sweep.ipynb #e56c797a
 def _attempt(self:Sweep, trial, objective, wandb=None):
     "Run a point; its last value, and whether it was stopped early."
     config = {n: draw_value(trial, n, p) for n, p in self.spec["parameters"].items()}
@@ -280,10 +288,7 @@ def _attempt(self:Sweep, trial, objective, wandb=None):
     finally:
         stream.close()
         if mirror: mirror.finish(exit_code=0 if whole else 1)
-    if not history:
-        near = difflib.get_close_matches(name, seen, 1)
-        raise MetricMissing(f"run {point} ended without reporting '{name}'" + (f": it reported {', '.join(sorted(map(repr, seen)))}" + (f"; did you mean {near[0]!r}?" if near else "") if seen
-                            else ": a program appends lines such as {\"epoch\": 1, \"" + name + "\": 0.5} to the file that $COMPRESSLAB_SWEEP_REPORT names"))
+    if not history: raise MetricMissing(point, name, seen)
     if not math.isfinite(value): raise ValueError(f"{name} ended as {value}")
     return value, stopped
 Sweep._attempt = _attempt
@@ -387,7 +392,7 @@ def best(self:Sweep) -> dict: # run, value, epochs, config (flat)
     return dict(run=best.user_attrs["point"], value=best.value, epochs=len(best.intermediate_values), config=best.user_attrs["config"])
 Sweep.best = best
 
-# %% ../nbs/91_sweep.ipynb #61911e28
+# %% ../nbs/91_sweep.ipynb #3b795338
 def figures(self:Sweep,
     folder:str|Path|None=None, # Write history.png, importance.png and parallel.png there
 ) -> dict: # name -> matplotlib axes
@@ -400,20 +405,21 @@ def figures(self:Sweep,
         out["history"] = plot_optimization_history(self.study, target_name=name)
         out["importance"] = plot_param_importances(self.study, target_name=name)
         out["parallel"] = plot_parallel_coordinate(self.study, target_name=name)
+    out["history"].set_xlabel("attempt")
     for kind, axes in out.items():
-        axes.set_title(f"{self.name}: {kind}")
+        axes.set_title("", loc="left"); axes.set_title(f"{self.name}: {kind}")
         if folder: Path(folder).mkdir(parents=True, exist_ok=True); axes.figure.savefig(Path(folder)/f"{kind}.png", bbox_inches="tight", dpi=120)
     return out
 Sweep.figures = figures
 
-# %% ../nbs/91_sweep.ipynb #e80f4a6e
+# %% ../nbs/91_sweep.ipynb #0a9a5f38
 def _wandb(mode):
     "W&B, or one line about what it lacks."
     if mode not in ("offline", "online"): raise ValueError(f"wandb={mode!r}: use offline or online")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")             # else it calls home, offline too
     try: import wandb
     except ImportError: raise ImportError("the mirror needs wandb: pip install 'compresslab[track]'") from None
-    if mode == "online" and not wandb.Settings().api_key and not wandb.api.api_key: raise ValueError("W&B has no API key here: run `wandb login`, or mirror offline")
+    if mode == "online" and not wandb.login(prompt=False): raise ValueError("W&B has no API key here: run `wandb login`, or mirror offline")
     return wandb
 
 def _mirror(self, point, config, mode):

@@ -241,6 +241,12 @@ def test_wandb_offline_mirror(grid, monkeypatch):
     assert len([*sweep.folder.glob("wandb/offline-run-*/*.wandb")]) == 2
 
 
+def test_without_wandb_one_line_says_how_to_get_it(grid, monkeypatch):
+    monkeypatch.chdir(grid); monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="compresslab\\[track\\]"): Sweep("grid.yaml").agent(wandb="offline", progress=False)
+    assert not logged(grid)                                                           # before anything ran
+
+
 def test_importing_compresslab_leaves_optuna_alone():
     done = subprocess.run([sys.executable, "-c", "import sys, compresslab, compresslab.cli, compresslab.sweep; print('optuna' in sys.modules)"], capture_output=True, text=True, env=ENV)
     assert done.stdout.strip() == "False", done.stderr
