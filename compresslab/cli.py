@@ -6,8 +6,9 @@ Docs: https://compresslab.github.io/compresslab/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'sweep_app', 'SweepName', 'Storage', 'Folder', 'Method', 'Activations', 'Mirror', 'Profile',
-           'compress', 'quantize_and_save', 'text_to_measure', 'default_device', 'export', 'measure', 'report',
-           'sweep_create', 'sweep_agent', 'sweep_status', 'sweep_best', 'data_list', 'data_get', 'doctor', 'main']
+           'compress', 'quantize_and_save', 'text_to_measure', 'default_device', 'export', 'run_recipe', 'measure',
+           'report', 'sweep_create', 'sweep_agent', 'sweep_status', 'sweep_best', 'data_list', 'data_get', 'doctor',
+           'main']
 
 # %% ../nbs/92_cli.ipynb #7c73a820
 import json, os, shutil, sys
@@ -114,6 +115,23 @@ def export(
     "Write a compressed model for vLLM and transformers (compressed-tensors), which read it without compresslab."
     import compresslab as cl
     typer.echo(f"written to {cl.export(model, folder=out, unpack=unpack)}")
+
+# %% ../nbs/92_cli.ipynb #5511e5d8
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file of stages, or of the reference's branches.")],
+    model: Annotated[Optional[str], typer.Option(help="A model folder or Hub name. [default: the recipe's]")] = None,
+    data: Annotated[Optional[str], typer.Option(help="Text: a folder or a data name. [default: the recipe's, else python-stdlib]")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="The run's folder; the model goes into its folder model. [default: the recipe's, else out/RECIPE]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with predicted bytes; write nothing.")] = False,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
+):
+    "Run a recipe, or what is left of it: each stage measured from its file."
+    from compresslab.recipe import Recipe
+    if not recipe.exists(): raise FileNotFoundError(f"{recipe} is not there: no recipe was read")
+    read = Recipe.from_yaml(recipe)
+    done = read.run(model, data, out or read.out or Path("out")/recipe.stem, dry_run, device)
+    if not dry_run: typer.echo(f"\n{done}")
 
 # %% ../nbs/92_cli.ipynb #3c4fc181
 @app.command()
