@@ -15,6 +15,8 @@ _PUBLIC = { # Where each name lives; its module is imported when the name is fir
     "lowrank.linear": ["choose_ranks", "factorize", "rank_sensitivity"],
     "lowrank.tensors": ["factorize_tensors"],
     "lowrank.vocabulary": ["trim_vocabulary"],
+    "pai.dendrites": ["finalize", "perforate"],
+    "pai.tracker": ["DendriteSettings", "fit_with_dendrites"],
     "pruning.calibrated": ["choose_sparsity", "pruning_sensitivity", "sparsegpt", "wanda"],
     "pruning.experts": ["ProgressivePruningScheduler", "prune_experts", "track_usage"],
     "pruning.magnitude": ["MagnitudePruner"],
@@ -68,7 +70,7 @@ class _Registration(PathFinder):
     def register(cls):
         if cls.depth or cls not in sys.meta_path or not any(m in sys.modules for m in cls.with_): return
         sys.meta_path.remove(cls)
-        for module in ("store", "resnetbk.model"): import_module(f"{__name__}.{module}")
+        for module in ("store", "resnetbk.model", "pai.dendrites"): import_module(f"{__name__}.{module}")
 
 sys.meta_path.insert(0, _Registration)
 _Registration.register()

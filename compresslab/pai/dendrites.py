@@ -50,7 +50,7 @@ def start_dendrite(
     draw(up.weight, std if d is None else std*(d.in_features/up.in_features)**.5)
     if up.bias is not None: draw(up.bias, std)
 
-# %% ../../nbs/pai/70_dendrites.ipynb #93bcbcaf
+# %% ../../nbs/pai/70_dendrites.ipynb #5807e332
 @replacement
 class DendriteLinear(nn.Module):
     "y = f_0(x) + sum_i v_i * h_i. x: (..., in) -> (..., out)."
@@ -65,8 +65,10 @@ class DendriteLinear(nn.Module):
 
     def forward(self, x):
         y, h = self.main(x), []
-        for d in self.dendrites.values(): h.append(ACTIVATIONS[self.activation](d(x, h)))
-        return y + sum(d.to_neuron*a for d, a in zip(self.dendrites.values(), h)).to(y.dtype) if h else y
+        for d in self.dendrites.values():
+            h.append(ACTIVATIONS[self.activation](d(x, h)))
+            y = y + (d.to_neuron*h[-1]).to(y.dtype)
+        return y
 
     def empty(self):
         "One more dendrite, not yet drawn."

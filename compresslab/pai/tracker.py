@@ -6,7 +6,7 @@ Docs: https://compresslab.github.io/compresslab/pai/tracker.html.md"""
 
 # %% auto #0
 __all__ = ['MODES', 'Verdict', 'write_state', 'read_state', 'DendriteSettings', 'Bandit', 'TrackerState', 'better', 'due',
-           'DendriteTracker', 'EpochEnd', 'fit_with_dendrites']
+           'DendriteTracker', 'EpochEnd', 'run_epochs', 'check_run', 'fit_with_dendrites']
 
 # %% ../../nbs/pai/70a_tracker.ipynb #47fc6222
 import json, math, os, random, shutil
@@ -306,7 +306,7 @@ def _score(score, model, validation) -> tuple[float, dict]:
     value = evaluate(model, validation, progress=False).nll if score is None else score(model, validation)
     return value if isinstance(value, tuple) else (float(value), {})
 
-# %% ../../nbs/pai/70a_tracker.ipynb #6c0e045d
+# %% ../../nbs/pai/70a_tracker.ipynb #3717c169
 def _epoch(tracker, train, stage:Path, per_epoch:int, epochs:int, seed:int, on_step, settings) -> float: # Its mean training loss
     "Train for one epoch of the tracker's stage, from wherever its checkpoint is."
     s = tracker.state
@@ -317,7 +317,29 @@ def _epoch(tracker, train, stage:Path, per_epoch:int, epochs:int, seed:int, on_s
     except EpochEnd: pass
     return sum(h["loss"] for h in until.history[-per_epoch:])/per_epoch
 
-# %% ../../nbs/pai/70a_tracker.ipynb #958f96c1
+def run_epochs(tracker, train, validation, epochs:int, score, seed:int, on_step, progress:bool, fit_settings:dict):
+    "The loop: an epoch, its score, what the tracker makes of it."
+    per_epoch = max(1, len(train)//(min(fit_settings["batch_size"], len(train))*fit_settings["accumulate"]))
+    bar = tqdm(total=epochs, initial=tracker.state.epoch, desc="epochs", disable=not progress)
+    while not tracker.state.done and tracker.state.epoch < epochs:
+        stage = tracker.folder/f"stage-{tracker.state.stage}"
+        for old in tracker.folder.glob("*stage-*"):                                      # what earlier stages left
+            if stage.name not in old.name.split("."): shutil.rmtree(old)
+        loss = _epoch(tracker, train, stage, per_epoch, epochs, seed, on_step, fit_settings)
+        value, log = _score(score, tracker.model, validation)
+        tracker.add_validation_score(value, loss=loss, **log)
+        bar.update(); bar.set_postfix(score=f"{value:.4g}", dendrites=tracker.state.dendrites)
+    bar.close(); tracker.finish()
+    for old in tracker.folder.glob("*stage-*"): shutil.rmtree(old)
+    tracker.model.eval()
+
+# %% ../../nbs/pai/70a_tracker.ipynb #8a6d8342
+def check_run(settings, score, fit_settings):
+    "Refuse what cannot be run, in a line."
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise ValueError("dendrites grow in one process: start one for each seed instead of several for one run")
+    if score is None and settings.maximize: raise ValueError("maximize=True needs a score: by default it is nats per token, and lower is better")
+    if bad := {"steps", "tokens", "checkpoint"} & fit_settings.keys(): raise ValueError(f"{', '.join(sorted(bad))} cannot be set here: epochs and folder say how long and where")
+
 def fit_with_dendrites(
     model, # Perforated; trained in place, its best state loaded at the end
     train, # As `fit` takes it
@@ -332,22 +354,8 @@ def fit_with_dendrites(
     **fit_settings, # Others of `fit`: lr, optimizer, loss, precision, …
 ) -> DendriteTracker: # Its `records` hold an epoch each
     "Train, grow when it helps, roll back when it does not."
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise ValueError("dendrites grow in one process: start one for each seed instead of several for one run")
-    if score is None and settings.maximize: raise ValueError("maximize=True needs a score: by default it is nats per token, and lower is better")
-    if bad := {"steps", "tokens", "checkpoint"} & fit_settings.keys(): raise ValueError(f"{', '.join(sorted(bad))} cannot be set here: epochs and folder say how long and where")
+    check_run(settings, score, fit_settings)
     run = dict(epochs=epochs, rows=len(train), batch_size=batch_size, accumulate=accumulate, fit_seed=seed, **{k: v for k, v in fit_settings.items() if isinstance(v, (int, float, str))})
     tracker = DendriteTracker(model, folder, settings, run)
-    per_epoch = max(1, len(train)//(min(batch_size, len(train))*accumulate))
-    bar = tqdm(total=epochs, initial=tracker.state.epoch, desc="epochs", disable=not progress)
-    while not tracker.state.done and tracker.state.epoch < epochs:
-        stage = tracker.folder/f"stage-{tracker.state.stage}"
-        for old in tracker.folder.iterdir():                                             # what earlier stages left
-            if old.is_dir() and stage.name not in old.name: shutil.rmtree(old)
-        loss = _epoch(tracker, train, stage, per_epoch, epochs, seed, on_step, dict(fit_settings, batch_size=batch_size, accumulate=accumulate))
-        value, log = _score(score, model, validation)
-        tracker.add_validation_score(value, loss=loss, **log)
-        bar.update(); bar.set_postfix(score=f"{value:.4g}", dendrites=tracker.state.dendrites)
-    bar.close(); tracker.finish()
-    for old in tracker.folder.glob("*stage-*"): shutil.rmtree(old)
-    model.eval()
+    run_epochs(tracker, train, validation, epochs, score, seed, on_step, progress, dict(fit_settings, batch_size=batch_size, accumulate=accumulate))
     return tracker
