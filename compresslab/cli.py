@@ -135,7 +135,7 @@ def run_recipe(
     done = read.run(model, data, out or read.out or Path("out")/recipe.stem, dry_run, device)
     if not dry_run: typer.echo(f"\n{done}")
 
-# %% ../nbs/92_cli.ipynb #c94871ee
+# %% ../nbs/92_cli.ipynb #110f6da2
 @recursive_app.command("train")
 def recursive_train(
     model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hugging Face Hub.")],
@@ -143,7 +143,7 @@ def recursive_train(
     data: Annotated[str, typer.Option(help="Text: a file, a folder or a data name.")] = "python-stdlib",
     batch_size: Annotated[int, typer.Option(help="Texts a step.")] = 8,
     epochs: Annotated[float, typer.Option(help="Passes over the text; 0: compress only.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1e-4,
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 3e-5,
     max_length: Annotated[int, typer.Option(help="Tokens of a text.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens of all texts.")] = 200_000,
     freeze_base: Annotated[bool, typer.Option("--freeze-base", help="Train the thresholds' corrections alone.")] = False,

@@ -120,7 +120,7 @@ def check_stage(name:str, settings:dict|None) -> tuple[str, dict]:
     if name not in STAGES: raise ValueError(f"stage '{name}' is unknown: {nearest(name, STAGES, 'stages')}")
     return name, check_settings(name, settings, STAGES[name].settings)
 
-# %% ../nbs/80_recipe.ipynb #6cb7911e
+# %% ../nbs/80_recipe.ipynb #84f7dd11
 BLOCKS = dict(
     data=dict(text="python-stdlib", train=None, calibration=None, valid=None, test=None, length=256, samples=64, train_tokens=None, valid_tokens=50_000, test_tokens=50_000),
     target=dict(ratio=None, bytes=None, retained_accuracy=None),
@@ -139,6 +139,7 @@ def read_yaml(source) -> dict: # A path, YAML text, or a dict
     if not isinstance(found, dict): raise ValueError(f"{name} holds no recipe: it needs a line 'stages:'")
     return found
 
+# %% ../nbs/80_recipe.ipynb #96ed15cb
 @dataclass
 class Recipe:
     "Stages, in order, and what they work on."
@@ -183,7 +184,7 @@ def _entry(s) -> tuple: # A stage as YAML has it: a name, or {name: settings}
     if isinstance(s, (tuple, list)) and len(s) == 2: return tuple(s)
     raise ValueError(f"'{s}' is no stage: write - name: {{key: value}}")
 
-# %% ../nbs/80_recipe.ipynb #eb5b51ee
+# %% ../nbs/80_recipe.ipynb #21a956cf
 def _pool(name, part) -> list[str]: # Documents of a name, or the list of texts that was given
     return list(documents(name, None if ":" in name or Path(name).suffix else part)["text"]) if isinstance(name, str) else list(name)
 
@@ -192,6 +193,7 @@ def _apart(docs, share) -> tuple[list, list]: # docs: already in random order
     n = round(share*len(docs))
     return (docs[:n], docs[n:]) if len(docs) >= 20 else (cut_pool(docs, "valid"), cut_pool(docs, "train"))
 
+# %% ../nbs/80_recipe.ipynb #fea347d4
 class Rows:
     "The rows of a run: token blocks of documents for a tokenizer, or data sets as they were given."
     def __init__(self, settings:dict, seed:int=0):
@@ -673,7 +675,7 @@ def _row(self, i, name, folder, seconds) -> Row:
 
 _Runner.first_key, _Runner.keys, _Runner.valid, _Runner.row = _first_key, _keys, _valid, _row
 
-# %% ../nbs/80_recipe.ipynb #ca275e64
+# %% ../nbs/80_recipe.ipynb #17185291
 def _given(self, i, before:Path) -> dict: # Name -> a function that makes it
     "What stage i may ask for."
     tokenizer = find_tokenizer(str(before)); floats = lambda folder: nn.Module.float(load(folder)).to(self.device)
@@ -684,7 +686,9 @@ def _given(self, i, before:Path) -> dict: # Name -> a function that makes it
 def _stage(self, i, before:Path, key:str) -> dict:
     "Run one stage, write its result, measure it."
     name, settings = self.recipe.stages[i - 1]; about, given, place = STAGES[name], _given(self, i, before), self.place(i)
-    place.mkdir(parents=True, exist_ok=True)
+    begun = json.loads((place/"begun.json").read_text()) if (place/"begun.json").exists() else None
+    if begun and begun["key"] != key: shutil.rmtree(place)                                # half a stage of other settings
+    _write(place/"begun.json", dict(key=key))
     for left in place.glob(".model.*"): shutil.rmtree(left, ignore_errors=True)           # of a kill while saving
     set_seed(self.recipe.seed); start = time.time()
     settings = {**settings, **({"seed": self.recipe.seed} if "seed" in settings and settings["seed"] == about.settings["seed"] else {})}
@@ -693,6 +697,7 @@ def _stage(self, i, before:Path, key:str) -> dict:
     if not isinstance(model, nn.Module) or not hasattr(model, "config"): raise TypeError(f"stage '{name}' returned a {type(model).__name__}: return the model, or the model and a dict of notes")
     dtype = self.dtype()
     tokenizer = notes.pop("tokenizer", None) or given["tokenizer"]()
+    model.config._name_or_path = ""                                                      # not the folder of a stage before
     save(cast_floats(model, dtype), place/"model", tokenizer, self.recipe.storage["entropy"])
     row = _row(self, i, name, place/"model", time.time() - start)
     _write(place/"stage.json", dict(key=key, row=asdict(row), notes=notes))
@@ -755,7 +760,7 @@ def _go(self) -> Run:
 
 _Runner.go = _go
 
-# %% ../nbs/80_recipe.ipynb #fbdf12d2
+# %% ../nbs/80_recipe.ipynb #83de9b76
 class Plan(list):
     "A dict a stage: stage, settings, given, bytes (None where only the run will tell), bound (whether it may be less)."
     def __str__(self):
@@ -767,8 +772,9 @@ class Plan(list):
 
 def _plan(self) -> Plan:
     "What each stage will get and leave."
-    dtype, entropy = self.dtype(), self.recipe.storage["entropy"]
-    twin = twin_of(load(self.source))
+    model, entropy = load(self.source), self.recipe.storage["entropy"]
+    self._stored = model.dtype; twin, dtype = twin_of(model), self.dtype()
+    del model
     out = Plan([dict(stage="original", settings={}, given=[], bytes=stored_bytes(self.source) if Path(self.source).exists() else predicted_bytes(twin), bound=False, said="")])
     for i, (name, settings) in enumerate(self.recipe.stages, 1):
         about, size = STAGES[name], None
