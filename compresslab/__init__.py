@@ -29,6 +29,7 @@ _PUBLIC = { # Where each name lives; its module is imported when the name is fir
     "quant.qat": ["calibrate", "convert", "prepare_qat"],
     "quant.rounding": ["hqq", "learn_rounding"],
     "quant.scaling": ["awq", "smoothquant"],
+    "recursive.layer": ["RecursiveCompression"],
     "resnetbk.model": ["ResNetBKConfig", "ResNetBKForCausalLM"],
     "resnetbk.pipeline": ["CompressionPipeline"],
     "resnetbk.quantized": ["quantize_core"],

@@ -1,5 +1,6 @@
 """`import compresslab` is light, and transformers knows our folders whatever is imported first."""
-import subprocess, sys
+import re, subprocess, sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,3 +44,10 @@ def test_folders_load_whatever_was_imported_first(folders, code): fresh(code, fo
 def test_names_are_complete_and_unknown_ones_said():
     for name in cl.__all__: assert getattr(cl, name) is not None
     with pytest.raises(AttributeError, match="module 'compresslab' has no attribute 'gtpq'"): cl.gtpq
+
+
+def test_import_all_knows_every_replacement():
+    """What a compresslab.json may name is found, whichever module defines it."""
+    written = {name for file in Path(cl.__file__).parent.rglob("*.py") for name in re.findall(r"^@replacement\nclass (\w+)", file.read_text(), re.M)}
+    known = fresh("import compresslab; compresslab.import_all(); from compresslab.store import REPLACEMENTS; print(*REPLACEMENTS)").split()
+    assert len(written) > 8 and written <= {*known}, written - {*known}
