@@ -322,7 +322,7 @@ def real_tokens(mask, batch:int, new:int, device) -> torch.Tensor: # (B, new) bo
     if new > 1 and not torch.equal((seen & there[:, -new:, None]), causal & there[:, -new:, None]): raise ValueError("clusters need plain causal attention: this mask hides more than padding and what comes later")
     return there[:, -new:].expand(batch, -1)
 
-# %% ../../nbs/recursive/61_layer.ipynb #bb1ab081
+# %% ../../nbs/recursive/61_layer.ipynb #4e22acd9
 @replacement
 class RecursiveAttention(nn.Module):
     "In front of a transformers attention class: keys and values are kept as clusters."
@@ -374,6 +374,7 @@ class RecursiveAttention(nn.Module):
         except (TypeError, ValueError) as e: raise ValueError(f"compresslab.json is damaged: {e}") from None
         return into_recursive(old, plan, bool(entry["modulator"]))
 
+# %% ../../nbs/recursive/61_layer.ipynb #01c20381
 @functools.lru_cache(maxsize=None)
 def recursive_class(cls:type) -> type:
     "A family's attention class with `RecursiveAttention` in front."
@@ -385,6 +386,7 @@ def into_recursive(attention:nn.Module, plan:LayerPlan, modulator:bool) -> nn.Mo
     device = next(attention.parameters()).device
     return attention.setup(plan, modulator).to(device)
 
+# %% ../../nbs/recursive/61_layer.ipynb #42f64c4e
 def family_attention(model) -> dict[str, nn.Module]: # Name -> module
     "The attention modules that can keep clusters; one line of error where there is none."
     if model.config.is_encoder_decoder: raise TypeError(f"{type(model).__name__} is an encoder-decoder: clusters need a decoder alone")
