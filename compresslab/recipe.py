@@ -6,18 +6,19 @@ Docs: https://compresslab.github.io/compresslab/recipe.html.md"""
 
 # %% auto #0
 __all__ = ['GIVEN', 'STAGES', 'BLOCKS', 'REFERENCE', 'Stage', 'stage', 'nearest', 'number', 'check_settings', 'check_stage',
-           'read_yaml', 'Recipe', 'Rows', 'twin_of', 'predicted_bytes', 'predict_packed', 'predict_zeros',
-           'predict_channels', 'predict_heads', 'predict_hidden', 'predict_layers', 'predict_student',
+           'read_yaml', 'check_trackers', 'Recipe', 'Rows', 'twin_of', 'predicted_bytes', 'predict_packed',
+           'predict_zeros', 'predict_channels', 'predict_heads', 'predict_hidden', 'predict_layers', 'predict_student',
            'predict_latents', 'predict_mixed', 'unchanged', 'quantize_mixed', 'magnitude', 'allocated',
            'predict_factors', 'low_rank', 'predict_embedding', 'embedding', 'vocabulary', 'kd', 'qat', 'student',
            'cascade', 'finetune', 'lora', 'cast_floats', 'Run', 'Plan', 'from_reference']
 
-# %% ../nbs/80_recipe.ipynb #83e86dae
+# %% ../nbs/80_recipe.ipynb #5b31076a
 import copy, difflib, hashlib, inspect, json, math, re, shutil, tempfile, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch, yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -120,7 +121,7 @@ def check_stage(name:str, settings:dict|None) -> tuple[str, dict]:
     if name not in STAGES: raise ValueError(f"stage '{name}' is unknown: {nearest(name, STAGES, 'stages')}")
     return name, check_settings(name, settings, STAGES[name].settings)
 
-# %% ../nbs/80_recipe.ipynb #84f7dd11
+# %% ../nbs/80_recipe.ipynb #ae8c0dd7
 BLOCKS = dict(
     data=dict(text="python-stdlib", train=None, calibration=None, valid=None, test=None, length=256, samples=64, train_tokens=None, valid_tokens=50_000, test_tokens=50_000),
     target=dict(ratio=None, bytes=None, retained_accuracy=None),
@@ -139,7 +140,14 @@ def read_yaml(source) -> dict: # A path, YAML text, or a dict
     if not isinstance(found, dict): raise ValueError(f"{name} holds no recipe: it needs a line 'stages:'")
     return found
 
-# %% ../nbs/80_recipe.ipynb #96ed15cb
+def check_trackers(names):
+    "Refuse a tracker that is not known or not installed, which accelerate would leave out."
+    here = [str(getattr(t, "value", t)) for t in get_available_trackers()]
+    for n in [names] if isinstance(names, str) else names or []:
+        if n not in LOGGER_TYPE_TO_CLASS: raise ValueError(f"logging: tracker '{n}' is unknown: {nearest(str(n), [*LOGGER_TYPE_TO_CLASS], 'trackers')}")
+        if n not in here: raise ValueError(f"logging: tracker '{n}' is not installed: pip install {n}")
+
+# %% ../nbs/80_recipe.ipynb #d264569f
 @dataclass
 class Recipe:
     "Stages, in order, and what they work on."
@@ -161,6 +169,7 @@ class Recipe:
         if self.storage["dtype"] not in ("auto", "float32", "bfloat16", "float16"): raise ValueError(f"storage: dtype '{self.storage['dtype']}' is not known: use auto, float32, bfloat16 or float16")
         if self.storage["keep"] not in ("all", "final"): raise ValueError(f"storage: keep '{self.storage['keep']}' is not known: use all or final")
         if self.evaluation["score"] not in ("top1", "nll", "ppl", "bpb"): raise ValueError(f"evaluation: score '{self.evaluation['score']}' is not measured: use top1, nll, ppl or bpb")
+        check_trackers(self.logging["trackers"])
         for k, v in self.target.items():
             if v is not None and not v > 0: raise ValueError(f"target: {k} is {v}, and should be above 0")
 
@@ -184,7 +193,7 @@ def _entry(s) -> tuple: # A stage as YAML has it: a name, or {name: settings}
     if isinstance(s, (tuple, list)) and len(s) == 2: return tuple(s)
     raise ValueError(f"'{s}' is no stage: write - name: {{key: value}}")
 
-# %% ../nbs/80_recipe.ipynb #21a956cf
+# %% ../nbs/80_recipe.ipynb #dbe5df49
 def _pool(name, part) -> list[str]: # Documents of a name, or the list of texts that was given
     return list(documents(name, None if ":" in name or Path(name).suffix else part)["text"]) if isinstance(name, str) else list(name)
 
@@ -193,13 +202,23 @@ def _apart(docs, share) -> tuple[list, list]: # docs: already in random order
     n = round(share*len(docs))
     return (docs[:n], docs[n:]) if len(docs) >= 20 else (cut_pool(docs, "valid"), cut_pool(docs, "train"))
 
-# %% ../nbs/80_recipe.ipynb #fea347d4
+def _ids(row) -> torch.Tensor: return torch.as_tensor(row["input_ids"] if isinstance(row, dict) else row)
+
+def _check_apart(sets:dict):
+    "Refuse data sets that share rows."
+    seen = {}
+    for part, rows in sets.items():
+        for k in {_ids(rows[i]).numpy().tobytes() for i in range(len(rows))}:
+            if seen.setdefault(k, part) != part: raise ValueError(f"a row of {part} is in {seen[k]} too: split by document first")
+
+# %% ../nbs/80_recipe.ipynb #096ab9ee
 class Rows:
     "The rows of a run: token blocks of documents for a tokenizer, or data sets as they were given."
     def __init__(self, settings:dict, seed:int=0):
         self.about, self.seed, self.made = settings, seed, {}
         given = {p: settings[p] for p in ("test", "valid", "calibration", "train")}
         self.sets = {p: v for p, v in given.items() if v is not None and not isinstance(v, str) and not (isinstance(v, list) and v and isinstance(v[0], str))}
+        _check_apart(self.sets)
         self.texts = {} if {"train", "valid"} <= self.sets.keys() else self._documents({p: v for p, v in given.items() if p not in self.sets})
 
     def _documents(self, given) -> dict: # Part -> documents
@@ -247,7 +266,7 @@ class Rows:
         for p in ("valid", "calibration", "train"):
             for d in self.texts.get(p, []): h.update(hashlib.sha256(d.encode()).digest())
             rows = self.sets.get(p, [])
-            for i in range(len(rows)): h.update(torch.as_tensor(rows[i]["input_ids"] if isinstance(rows[i], dict) else rows[i]).contiguous().numpy().tobytes())
+            for i in range(len(rows)): h.update(_ids(rows[i]).contiguous().numpy().tobytes())
         return h.hexdigest()
 
 # %% ../nbs/80_recipe.ipynb #af8bf078
@@ -675,7 +694,7 @@ def _row(self, i, name, folder, seconds) -> Row:
 
 _Runner.first_key, _Runner.keys, _Runner.valid, _Runner.row = _first_key, _keys, _valid, _row
 
-# %% ../nbs/80_recipe.ipynb #17185291
+# %% ../nbs/80_recipe.ipynb #1a7248ea
 def _given(self, i, before:Path) -> dict: # Name -> a function that makes it
     "What stage i may ask for."
     tokenizer = find_tokenizer(str(before)); floats = lambda folder: nn.Module.float(load(folder)).to(self.device)
@@ -701,6 +720,7 @@ def _stage(self, i, before:Path, key:str) -> dict:
     save(cast_floats(model, dtype), place/"model", tokenizer, self.recipe.storage["entropy"])
     row = _row(self, i, name, place/"model", time.time() - start)
     _write(place/"stage.json", dict(key=key, row=asdict(row), notes=notes))
+    if (place/"checkpoint"/"compresslab").exists() and not (place/"compresslab").exists(): (place/"checkpoint"/"compresslab").rename(place/"compresslab")      # a tracker's logs
     shutil.rmtree(place/"checkpoint", ignore_errors=True)
     return json.loads((place/"stage.json").read_text())
 

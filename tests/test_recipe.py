@@ -76,10 +76,10 @@ def taught(tiny, corpus, tmp_path_factory):
     from compresslab.train import fit
     model = load(tiny).float()
     g = torch.Generator().manual_seed(0)
-    def rows(n):
-        ids = (torch.arange(32)[None] + torch.randint(0, 250, (n, 1), generator=g)) % 260
+    def rows(n, low, high):
+        ids = (torch.arange(32)[None] + torch.randint(low, high, (n, 1), generator=g)) % 260
         return Blocks(ids, ids.clone(), torch.ones_like(ids), 100*n, n)
-    data = dict(train=rows(64), valid=rows(8), test=rows(8), calibration=[*rows(12).input_ids])
+    data = dict(train=rows(64, 0, 180), valid=rows(8, 180, 200), test=rows(8, 200, 220), calibration=[*rows(12, 220, 250).input_ids])
     fit(model, data["train"], steps=60, batch_size=8, lr=.01, progress=False)
     return model, data
 
@@ -203,6 +203,18 @@ def test_a_users_stage_runs_like_ours(taught, tmp_path):
         with pytest.raises(ValueError, match="did you mean 'mine.shrink'"): Recipe.from_yaml("stages: [mine.shrnk]")
         with pytest.raises(ValueError, match="did you mean 'factor'"): Recipe.from_yaml("stages: [mine.shrink: {facto: 1}]")
     finally: STAGES.pop("mine.shrink", None)
+
+
+def test_an_encoder_decoder_runs_on_pairs(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)).eval()
+    def pairs(n, low): return [dict(input_ids=(torch.arange(12) + low + i) % 64, labels=(torch.arange(6) + low + i) % 64) for i in range(n)]
+    data = dict(train=pairs(20, 0), valid=pairs(4, 30), test=pairs(4, 40), calibration=[{k: v[None] for k, v in p.items()} for p in pairs(4, 50)])
+    recipe = Recipe.from_yaml(dict(stages=[{"pruning.layers": dict(share=.5, method="even")}, {"distillation.kd": dict(tokens=600, batch_size=4)}, {"quant.gptq": dict(embeddings=True)}]))
+    plan, run = recipe.run(model, data, dry_run=True), recipe.run(model, data, tmp_path/"run", device="cpu", progress=False)
+    assert all(abs(p["bytes"]/r.stored_bytes - 1) < .02 for p, r in zip(plan, run.ledger.rows)) and run.summary["test"]["final"]["tokens"] == 24
+    with pytest.raises(ValueError, match="trains on pairs of texts"): recipe.run(model, "python-stdlib", tmp_path/"other", device="cpu")
 
 
 def test_a_stage_that_raises_leaves_what_was_done(taught, tmp_path):
