@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'reports', 'find_report', 'report_parameters', 'versions'
            'headline']
 
 # %% ../nbs/90_report.ipynb #7a18092f
-import difflib, hashlib, importlib.metadata, json, os, platform, re, subprocess, time
+import atexit, difflib, hashlib, importlib.metadata, json, os, platform, re, shutil, subprocess, tempfile, time
 from pathlib import Path
 
 import yaml
@@ -85,7 +85,9 @@ def code_hash(notebook:Path) -> str:
 def _local():
     "Kernel settings: where the system has them, sockets that no other user can read."
     from traitlets.config import Config
-    return Config() if os.name == "nt" else Config(KernelManager=dict(transport="ipc"))
+    if os.name == "nt": return Config()
+    folder = tempfile.mkdtemp(prefix="compresslab-"); atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Config(KernelManager=dict(transport="ipc", ip=f"{folder}/kernel"))
 
 def run_report(
     name:str, # A report's name, or the path of a notebook
