@@ -84,7 +84,7 @@ def walk(
     decode, _ = clock(rest, device)
     return dict(read_tokens=vectors.shape[1], compress=compress, read=read, ask=ask, first=first, decode=decode/(answer - 1), kv_bytes=cache_bytes(past))
 
-# %% ../../nbs/gist/53_cost.ipynb #95785244
+# %% ../../nbs/gist/53_cost.ipynb #9b3d93fe
 def context_costs(
     model, # A causal transformers model; copied, not changed
     lengths=(512, 1024, 2048, 4096), # N
@@ -100,7 +100,7 @@ def context_costs(
     if max(lengths) + 1 + question + answer > most: raise ValueError(f"a context of {max(lengths)} tokens, a question of {question} and an answer of {answer} do not fit into the model's {most} positions: measure shorter contexts")
     device, words = next(model.parameters()).device, model.config.get_text_config().vocab_size
     some = lambda n: torch.randint(0, words, (1, n), generator=torch.Generator().manual_seed(n)).to(device)
-    def reader(architecture, M): return Reader(copy.deepcopy(model), CompressionConfig(architecture, M, layers=config.layers, settings=config.settings if architecture == config.architecture else {}, lora_rank=config.lora_rank), start=0).eval()
+    def reader(architecture, M): return Reader(copy.deepcopy(model), CompressionConfig(architecture, M, layers=config.layers, settings=config.settings if architecture == config.architecture else {}, lora_rank=config.lora_rank), start=0).eval().requires_grad_(False)
     rows = {}
     for N in tqdm(lengths, desc="lengths", disable=not progress):
         ways = dict(whole=reader("full_context", 1), compressed=reader(config.architecture, max(1, N//ratio)))
