@@ -164,12 +164,14 @@ def stored_bytes(folder) -> int: # Of the weight files, headers included; the to
     "The bytes that a model takes on disk: the sum of its weight files."
     return sum(f.stat().st_size for f in weight_files(folder))
 
-# %% ../nbs/04_store.ipynb #6d18ff4a
-def check_replaceable(folder:Path):
+# %% ../nbs/04_store.ipynb #823cc164
+def check_replaceable(folder:Path) -> set: # The names in it that compresslab wrote
     "Raise if a folder holds something that compresslab did not write."
     if folder.is_file(): raise FileExistsError(f"{folder} is a file: choose a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder/"compresslab.json").exists():
-        raise FileExistsError(f"{folder} exists and compresslab did not write it: choose another folder")
+    if not folder.exists() or not any(folder.iterdir()): return set()
+    if not (folder/"compresslab.json").exists(): raise FileExistsError(f"{folder} exists and compresslab did not write it: choose another folder")
+    try: return {*json.loads((folder/"compresslab.json").read_text()).get("written", [])}
+    except (ValueError, AttributeError): raise FileExistsError(f"compresslab.json in {folder} is damaged, so what compresslab wrote there is not known: choose another folder") from None
 
 @contextmanager
 def beside(
@@ -184,7 +186,7 @@ def beside(
             new, old = Path(work)/"new", Path(work)/"old"
             new.mkdir(); yield new
             if folder.exists():
-                ours = {*json.loads((folder/"compresslab.json").read_text()).get("written", [])}
+                ours = check_replaceable(folder)
                 for other in [p for p in folder.iterdir() if p.name not in ours and not (new/p.name).exists()]:
                     (shutil.copytree if other.is_dir() else shutil.copy2)(other, new/other.name)
                 folder.rename(old)
