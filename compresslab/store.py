@@ -249,7 +249,7 @@ def bytes_beside(
     files = 1 + int((total + largest)//5e9)                   # `save` begins a new one every 5 GB
     return total + len(json.dumps(header, separators=(",", ":"))) + files*len('12345678{"__metadata__":{"format":"pt"}},       ')
 
-# %% ../nbs/04_store.ipynb #f4ffb8d8
+# %% ../nbs/04_store.ipynb #5306de0a
 def find_tokenizer(name_or_path:str, local:bool=False):
     "The tokenizer of a model folder or Hub name; None where there is none."
     path = local_path(name_or_path)
@@ -280,7 +280,7 @@ def save(
     modules = manifest_modules(model)
     tensors = _tensors(model, modules, model.all_tied_weights_keys)
     encoded = _encode(model, tensors, entropy)
-    config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     config["dtype"] = str(model.dtype).removeprefix("torch.")   # of what is not packed; transformers would otherwise guess it from a packed tensor
     if modules or encoded: config["quantization_config"] = CompresslabConfig().to_dict()
     with beside(folder) as new:
@@ -447,7 +447,7 @@ def _floats(model, plain, plan:dict) -> dict: # Name -> tensor
                           f"({sum(t.nbytes for t in out.values()):,} bytes; packed they are {bytes_packed:,})")
     return out
 
-# %% ../nbs/04_store.ipynb #c9d9bb8d
+# %% ../nbs/04_store.ipynb #b5f7bc1e
 def export(
     model, # A compressed model, or the folder or name of one
     format:str="compressed-tensors", # The only one so far
@@ -470,7 +470,7 @@ def export(
     plan, ties = _plan(model, plain, unpack), plain.all_tied_weights_keys
     packed = {n: model.get_submodule(n).weight for n, scheme in plan.items() if scheme}
     dtype = dtype or _exact_dtype(model, packed.values())
-    config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     config |= dict(dtype=str(dtype).removeprefix("torch."), quantization_config=_quantization_config(plan, plain))
     if cast := _cast_buffers(model): warnings.warn(f"readers compute {next(iter(cast))} in float32, this model in {next(iter(cast.values()))}: logits will differ slightly")
     other = next((n for n in packed if getattr(model.get_submodule(n), "activations", "float") != "float"), None)
