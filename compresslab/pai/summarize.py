@@ -8,7 +8,7 @@ Docs: https://compresslab.github.io/compresslab/pai/summarize.html.md"""
 __all__ = ['PREFIX', 'TYPES', 'SELECT', 'COMPARISONS', 'HIGHER', 'set_dropout', 'kept_layers', 'build_t5_summarizer',
            'grown_params', 'widen', 'iso_layers', 'task_pairs', 'device_of', 'paper_nll', 'summaries', 'latency',
            'Experiment', 'starting_model', 'build_arm', 'report_epoch', 'DevScore', 'final_scores', 'train_arm',
-           'claim', 'run_experiment', 'compare', 'answer', 'parser', 'main']
+           'check_folder', 'run_experiment', 'compare', 'answer', 'parser', 'main']
 
 # %% ../../nbs/pai/71_summarize.ipynb #5635e0c4
 import argparse, hashlib, json, os, statistics, sys, time
@@ -180,7 +180,7 @@ class _Settings:
     teacher:str=""                  # Folder of the finished model, if distillation is above 0
     precision:str="auto"
 
-# %% ../../nbs/pai/71_summarize.ipynb #636c45b5
+# %% ../../nbs/pai/71_summarize.ipynb #e608f0e2
 @dataclass(frozen=True)
 class Experiment(_Settings):
     "One arm with one seed."
@@ -195,6 +195,7 @@ class Experiment(_Settings):
         if self.experiment_type not in TYPES: raise ValueError(f"experiment_type={self.experiment_type!r} is unknown: use one of {', '.join(TYPES)}")
         if self.select not in SELECT: raise ValueError(f"select={self.select!r} is unknown: use one of {', '.join(SELECT)}")
         if self.select != "nll" and self.dev_papers < 0: raise ValueError(f"select={self.select!r} needs written summaries: dev_papers must not be below 0")
+        if not 0 < self.compression_ratio <= 1: raise ValueError(f"compression_ratio={self.compression_ratio!r} is not supported: it is the share of layers that stay, above 0 and at most 1")
         if not 0 <= self.distillation <= 1: raise ValueError(f"distillation={self.distillation!r} is not supported: it is a weight from 0 to 1")
         if (self.distillation > 0) != bool(self.teacher): raise ValueError("distillation needs both: a weight above 0 and a teacher, the folder of a trained model")
         if self.max_dendrites < 1: raise ValueError("max_dendrites must be at least 1: an arm without dendrites is another experiment_type, of the same length")
@@ -251,7 +252,7 @@ class DevScore:
         self.epoch += 1; report_epoch(self.epoch, log)
         return log[f"dev/{self.x.select}"], log
 
-# %% ../../nbs/pai/71_summarize.ipynb #18138ac0
+# %% ../../nbs/pai/71_summarize.ipynb #ba8c646a
 def final_scores(model, tokenizer, parts:list[dict], x:Experiment) -> dict: # mean, and each paper's
     "Scores of a finished model."
     written = summaries(model, tokenizer, parts, x.source_length, x.target_length)
@@ -261,6 +262,7 @@ def final_scores(model, tokenizer, parts:list[dict], x:Experiment) -> dict: # me
 def train_arm(x:Experiment, name:str, folder:Path, parts:dict, progress:bool): # The tracker, the tokenizer, steps an epoch
     "Train the model of an arm."
     model, tokenizer = build_arm(x, name)
+    folder.mkdir(parents=True, exist_ok=True); (folder/"experiment.json").write_text(json.dumps(asdict(x), indent=1))      # only now: what cannot be built leaves nothing behind
     lengths = x.source_length, x.target_length
     train, dev = task_pairs(parts["train"][:x.train_papers or None], tokenizer, *lengths), task_pairs(parts["dev"], tokenizer, *lengths)
     kw = dict(lr=x.lr, final_lr=1., warmup=.02, precision=x.precision, batch_size=x.batch_size)
@@ -268,19 +270,17 @@ def train_arm(x:Experiment, name:str, folder:Path, parts:dict, progress:bool): #
     tracker = fit_with_dendrites(model, train, dev, folder/"run", epochs=x.epochs, settings=x.settings(), score=DevScore(x, parts["dev"], tokenizer, folder/"run"), seed=x.seed, progress=progress, **kw)
     return tracker, tokenizer, max(1, len(train)//min(x.batch_size, len(train)))
 
-# %% ../../nbs/pai/71_summarize.ipynb #647dd926
-def claim(folder:Path, about:dict):
-    "Make the folder this experiment's, or check that it is."
+# %% ../../nbs/pai/71_summarize.ipynb #04030852
+def check_folder(folder:Path, about:dict):
+    "Refuse a folder that is not this experiment's."
     file = folder/"experiment.json"
     if file.exists():
         then = json.loads(file.read_text())
         if other := [f"{k} was {then.get(k)}, now {about.get(k)}" for k in {**then, **about} if then.get(k) != about.get(k)]:
             raise ValueError(f"{folder} is of another experiment ({', '.join(other)}): choose another folder or remove it")
     elif folder.exists() and any(f.name == "run" for f in folder.iterdir()): raise FileExistsError(f"{folder} holds something else than an experiment: choose a folder of its own")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(about, indent=1))
 
-# %% ../../nbs/pai/71_summarize.ipynb #da272c31
+# %% ../../nbs/pai/71_summarize.ipynb #8fc83673
 def run_experiment(
     x:Experiment,
     folder, # Of this experiment alone
@@ -291,7 +291,7 @@ def run_experiment(
 ) -> dict: # Also in result.json
     "Train an arm, load its best model back, and score it."
     folder, parts = Path(folder), parts or papers(x.data, x.document, x.summary)
-    claim(folder, asdict(x))
+    check_folder(folder, asdict(x))
     if (file := folder/"result.json").exists() and ("test" in (done := json.loads(file.read_text())) or not test): return done
     name = starting_model(x, parts, progress=progress)
     tracker, tokenizer, per_epoch = train_arm(x, name, folder, parts, progress)
