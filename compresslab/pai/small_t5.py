@@ -81,7 +81,7 @@ def corrupted(texts, tokenizer, length:int=128, copies:int=1, seed:int=0) -> Pai
     pairs = [corrupt_spans(w, sentinels, rng) for _ in range(copies) for w in ids]
     return Pairs(*zip(*pairs), length, max(8, math.ceil(length*.15*4/3) + 4), tokenizer.eos_token_id, tokenizer.pad_token_id)
 
-# %% ../../nbs/pai/70d_small_t5.ipynb #db83cb87
+# %% ../../nbs/pai/70d_small_t5.ipynb #01e3c11b
 SHAPE = dict(d_model=64, d_kv=16, d_ff=128, num_layers=6, num_heads=4)
 
 def empty_t5(vocab_size:int, seed:int=0, **shape) -> T5ForConditionalGeneration: # shape: of T5Config
@@ -94,7 +94,7 @@ def small_t5(
     texts:list[str], # For the tokenizer and the warm-up
     task=None, # task(tokenizer) -> `Pairs` to train on after the warm-up
     vocab_size:int=2048, length:int=96, # Tokens of a window
-    warmup_steps:int=400, task_steps:int=400, batch_size:int=16, lr:float=3e-3, seed:int=0,
+    warmup_steps:int=400, task_steps:int=400, batch_size:int=16, lr:float=1e-2, seed:int=0,
     progress:bool=True, **shape, # As `T5Config` names them
 ) -> Path:
     "Make the model, unless it is there: tokenizer, span corruption, task."
