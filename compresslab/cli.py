@@ -7,8 +7,8 @@ Docs: https://compresslab.github.io/compresslab/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'data_app', 'sweep_app', 'recursive_app', 'SweepName', 'Storage', 'Folder', 'Method', 'Activations', 'Mirror',
            'Profile', 'compress', 'quantize_and_save', 'text_to_measure', 'default_device', 'export', 'run_recipe',
-           'recursive_train', 'recursive_evaluate', 'recursive_generate', 'measure', 'report', 'sweep_create',
-           'sweep_agent', 'sweep_status', 'sweep_best', 'data_list', 'data_get', 'doctor', 'main']
+           'recursive_train', 'recursive_evaluate', 'recursive_generate', 'open_studio', 'measure', 'report',
+           'sweep_create', 'sweep_agent', 'sweep_status', 'sweep_best', 'data_list', 'data_get', 'doctor', 'main']
 
 # %% ../nbs/92_cli.ipynb #875bc183
 import json, os, shutil, sys
@@ -219,6 +219,19 @@ def recursive_generate(
     typer.echo(tokenizer.decode(out[0], skip_special_tokens=True))
     m = cache_metrics(cache)
     typer.echo(f"{cache.get_seq_length()} tokens in {m['kv_bytes']:,} bytes of cache, {m['kv_bytes']/m['full_bytes']:.1%} of {m['full_bytes']:,}", err=True)
+
+# %% ../nbs/92_cli.ipynb #7f805ad6
+@app.command("studio")
+def open_studio(
+    model: Annotated[str, typer.Argument(metavar="[DIR]", help="A model folder, compressed or not, or a Hub name; safetensors only.")] = "pylm",
+    host: Annotated[str, typer.Option(help="0.0.0.0 shows the page to the whole network.")] = "127.0.0.1",
+    port: Annotated[Optional[int], typer.Option(help="[default: the first free one from 7860]")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = False,
+):
+    "Watch the cache compress: original and compressed model side by side, in a browser. Needs the extra [app]."
+    from compresslab.recursive.studio import studio
+    studio(model, host=host, port=port, device=device or default_device(), inbrowser=browser)
 
 # %% ../nbs/92_cli.ipynb #3c4fc181
 @app.command()
