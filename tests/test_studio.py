@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENV = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", COLUMNS="160", PYTHONUNBUFFERED="1")
 COMMAND = [str(Path(sys.executable).with_name("compresslab")), "studio"]
 BROWSER = next((b for n in ("chromium", "chromium-browser", "google-chrome") if (b := shutil.which(n))), None)
+OFF = "() => { const b = document.querySelector('#json'); return b.disabled || b.classList.contains('disabled') }"
 
 
 @pytest.fixture
@@ -45,13 +46,12 @@ def set_slider(page, name, value):
 
 def run(page):
     """Press Run; at the end the files, which it takes away at first, are ready."""
-    off = "() => { const b = document.querySelector('#json'); return b.disabled || b.classList.contains('disabled') }"
     page.wait_for_timeout(300)                                                              # a slider tells the server
     before = page.inner_html("#numbers")
     page.click("#run")
     page.wait_for_function("h => document.querySelector('#numbers').innerHTML !== h", arg=before, timeout=60_000)
-    page.wait_for_function(off, timeout=60_000)
-    page.wait_for_function(off.replace("return ", "return !(").replace(" }", ") }"), timeout=60_000)
+    page.wait_for_function(OFF, timeout=60_000)
+    page.wait_for_function(OFF.replace("return ", "return !(").replace(" }", ") }"), timeout=60_000)
 
 
 def test_page_runs_and_sliders_change_the_ratio(tab, pylm):
@@ -66,13 +66,13 @@ def test_page_runs_and_sliders_change_the_ratio(tab, pylm):
         assert "class Stack" in tab.inner_text("#left") and "class Stack" in tab.inner_text("#right") and tab.locator("#layers tr").count() == 7
         assert tab.locator("#right .k").count() > 20 and tab.locator("#memory polyline").count() == 2
 
-        one = tab.locator("#right .k").first
+        one = tab.locator("#right .k", has_text="self").nth(1)
         one.hover(); name = next(c for c in one.get_attribute("class").split() if c[0] == "k" and c[1:])
         said = one.evaluate("e => getComputedStyle(e, '::after').content")
         assert "similarity" in said or "first of its cluster" in said
         assert "Importance" in said and "share one entry" in said
         lit = tab.locator(f"#right .{name}")
-        assert lit.count() > 1 and lit.last.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
+        assert lit.count() > 1 and lit.last.evaluate("e => getComputedStyle(e).backgroundColor") == "rgb(17, 24, 39)"
         tab.screenshot(path=out/"hover.png", full_page=True)
 
         with tab.expect_download() as got: tab.click("#json")
@@ -91,11 +91,18 @@ def test_page_runs_and_sliders_change_the_ratio(tab, pylm):
         tab.locator("#layer input").click(); tab.get_by_role("option", name="5").click()
         tab.wait_for_function("h => document.querySelector('#right').innerHTML !== h", arg=before, timeout=10_000)
 
+        before = tab.inner_html("#numbers")
+        set_slider(tab, "threshold", .9); tab.wait_for_timeout(300); tab.click("#run")
+        tab.wait_for_function("h => document.querySelector('#numbers').innerHTML !== h", arg=before)
+        tab.click("#stop"); tab.wait_for_function(OFF.replace("return ", "return !(").replace(" }", ") }"))
+        with tab.expect_download() as got: tab.click("#json")
+        assert 1 <= len(json.loads(Path(got.value.path()).read_text())["events"]) < 100, "it was stopped"
+
         tab.fill("#model textarea, #model input", "no/such/model"); tab.click("#load")
         tab.wait_for_selector("text=Tried: the path", timeout=20_000)
         assert not [u for u in tab.asked if "127.0.0.1" not in u and not u.startswith(("data:", "blob:"))], "the page asks other machines"
         assert not tab.errors
-    finally: blocks.close()
+    finally: blocks.close(verbose=False)
 
 
 def test_command_serves_on_this_machine_alone(tiny):

@@ -105,11 +105,11 @@ def added_text(
     start = max(0, i - 8)
     return text(ids[start:i + 1])[len(text(ids[start:i])):]
 
-# %% ../../nbs/recursive/62_studio.ipynb #7b12126e
+# %% ../../nbs/recursive/62_studio.ipynb #48c7ab47
 class Side:
     "A model that reads, and remembers in its cache."
     def __init__(self, model):
-        self.model, self.cache, self.ids, self.last, self.done, self.seconds = model, DynamicCache(config=model.config), [], None, False, 0.
+        self.model, self.cache, self.ids, self.last, self.expected, self.done, self.seconds = model, DynamicCache(config=model.config), [], None, None, False, 0.
         for m in model.modules():
             if isinstance(m, RecursiveAttention): m.layer_of(self.cache).record = True
 
@@ -119,7 +119,7 @@ class Side:
         logits = self.model(x, past_key_values=self.cache, use_cache=True).logits[0].float().log_softmax(-1)
         before = logits[:-1] if self.last is None else torch.cat((self.last[None], logits[:-1]))
         told = -before.gather(1, x[0, -len(before):, None])[:, 0] if len(before) else x.new_zeros(0)
-        self.ids, self.last, self.seconds = self.ids + ids, logits[-1], self.seconds + time.perf_counter() - start
+        self.ids, self.last, self.expected, self.seconds = self.ids + ids, logits[-1], before, self.seconds + time.perf_counter() - start
         return [0.]*(len(ids) - len(told)) + told.tolist()
 
     def choose(self, temperature:float, u:float) -> int: # u between 0 and 1
@@ -140,7 +140,7 @@ def layer_news(
     settled = [[int(c), round(s, 4), round(t, 4)] for h in layer.history[told:] for c, s, t in zip(*(h[k][0].tolist() for k in ("name", "similarity", "tau")))]
     return dict(layer=index, threshold=tau/decided if decided else None, joined=joined/max(decided, 1), entries=int(kept), tokens=layer.columns, ratio=layer.columns/max(kept, 1), settled=settled)
 
-# %% ../../nbs/recursive/62_studio.ipynb #cdc15154
+# %% ../../nbs/recursive/62_studio.ipynb #258c5b05
 def side_by_side(
     pair:Pair,
     prompt:str,
@@ -151,18 +151,15 @@ def side_by_side(
     ids, limit = pair.tokenizer(prompt)["input_ids"], getattr(pair.original.config, "max_position_embeddings", None)
     if not ids: raise ValueError("the prompt is empty: write how the text begins")
     if limit and len(ids) + setting.max_new_tokens > limit: raise ValueError(f"{len(ids)} tokens of prompt and {setting.max_new_tokens} to write are more than the {limit} that this model can read: shorten one")
+    pair = replace(pair, compressed=twin(pair.compressed))                                   # plans and shifts are this run's own
     modules = [*recursive_modules(pair.compressed).values()]
-    before = [(m.plan, m.shift.clone()) for m in modules]
-    try:
-        for m, plan in zip(modules, setting.plans([p for p, _ in before])): m.plan = plan
-        yield dict(phase="begin", model=pair.name, prompt_tokens=len(ids), setting=asdict(setting))
-        yield from _run(pair, ids, setting, piece)
-    finally:
-        for m, (plan, shift) in zip(modules, before): m.plan = plan; m.shift.copy_(shift)
+    for m, plan in zip(modules, setting.plans([m.plan for m in modules])): m.plan = plan
+    yield dict(phase="begin", model=pair.name, prompt_tokens=len(ids), setting=asdict(setting))
+    yield from _run(pair, ids, setting, piece)
 
 def _run(pair, ids, setting, piece):
     sides, states, blocks = [Side(pair.original), Side(pair.compressed)], [torch.zeros(1, 2, dtype=torch.float64) for _ in "12"], {}
-    chute, luck = Parachute(tolerance=setting.tolerance, smooth=.8), torch.Generator().manual_seed(setting.seed)
+    shadow, chute, luck = Side(pair.original) if setting.parachute else None, Parachute(tolerance=setting.tolerance, smooth=.8), torch.Generator().manual_seed(setting.seed)
     ends = pair.original.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends])}
     todo = [("read", ids[i:i + piece]) for i in range(0, len(ids), piece)] + [("write", None)]*setting.max_new_tokens
@@ -178,8 +175,15 @@ def _run(pair, ids, setting, piece):
         clustered = [(i, l) for i, l in enumerate(sides[1].cache.layers) if isinstance(l, ClusteredLayer)]
         out["layers"] = [layer_news(l, i, blocks.get(i, 0)) for i, l in clustered]
         blocks = {i: len(l.history) for i, l in clustered}
-        if setting.parachute and told[1]: chute.update(pair.compressed, sum(told[1])/len(told[1]), sum(told[0])/len(told[0]) if sides[0].ids == sides[1].ids else None)
+        out["lost"] = _lost(shadow, sides[1], len(told[1])) if shadow and told[1] else None
+        if out["lost"] is not None: chute.update(pair.compressed, out["lost"], 0.)
         yield out | dict(shift=next(iter(recursive_modules(pair.compressed).values())).shift.item())
+
+def _lost(shadow, side, n):
+    "Nats per token that the compressed side loses in what it expects of its n new tokens; the shadow is the original, which reads them too."
+    with torch.no_grad(): shadow.read(side.ids[-n:])
+    p, q = shadow.expected, side.expected
+    return (p.exp()*(p - q)).sum(-1).mean().item() if len(p) else 0.
 
 def _side_news(tokenizer, side, told, state):
     m, start = cache_metrics(side.cache), len(side.ids) - len(told)
@@ -232,7 +236,7 @@ def quote(text): return html.escape(repr(text), quote=True)
 KEYS = dict(original="Pale: your prompt. Red: where the two texts part.",
             compressed="Colored: tokens that share an entry. Point at one: the others light up, and this place shows their similarity and importance. Not colored: an entry of its own, or too recent to merge. Red: where the two texts part.")
 
-# %% ../../nbs/recursive/62_studio.ipynb #a752eb29
+# %% ../../nbs/recursive/62_studio.ipynb #1194c338
 def about(t:dict, rows:list[dict]) -> str: # Escaped
     "What the pointer shows of a token."
     why = f"Importance {t['importance']:.2f} (surprisal {t['surprisal']:.2f} nats)"
@@ -259,7 +263,7 @@ def text_panel(
         names = " ".join(n for n, on in (("prompt", not t["new"]), ("parts", i == part), (f"k k{t['cluster']}" if many else "", many)) if on)
         if many: lit.add(t["cluster"])
         spans.append(f'<span class="{names}"' + (f' style="background:{hue(t["cluster"])}"' if many else "") + (f' data-about="{about(t, rows)}"' if side == "compressed" else "") + f'>{html.escape(t["text"])}</span>')
-    light = "".join(f".studio .text:has(.k{c}:hover) .k{c}{{outline:2px solid #111827;opacity:1}}" for c in sorted(lit))
+    light = "".join(f".studio .text:has(.k{c}:hover) .k{c}{{background:#111827!important;color:#fff;opacity:1}}" for c in sorted(lit))
     return f'<div class="studio"><style>{light}</style><div class="side"><div class="text" data-side="{side}"><div>{"".join(spans)}</div></div><p class="soft">{KEYS[side]}</p></div></div>'
 
 # %% ../../nbs/recursive/62_studio.ipynb #8c2780b1
@@ -285,7 +289,7 @@ def curves(events:list[dict]) -> str: # SVG
         parts.append(f'<polygon points="{path} {xy[-1][0]:.1f},{H - 24} {left},{H - 24}" fill="{colors[name]}" opacity=".13"/><polyline points="{path}" fill="none" stroke="{colors[name]}" stroke-width="2.5"/><text x="{xy[-1][0] + 8:.1f}" y="{xy[-1][1] + 4:.1f}" style="fill:{colors[name]};font-weight:600">{name} {line[-1][1]/unit:.3g} {say}</text>')
     return f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="KV memory">{"".join(parts)}<text x="{left}" y="{H - 6}" opacity=".7">tokens read: {most_x}</text></svg>'
 
-# %% ../../nbs/recursive/62_studio.ipynb #ad02798c
+# %% ../../nbs/recursive/62_studio.ipynb #1082b40b
 def summary(events:list[dict]) -> dict: # Numbers
     "What a run saved, and what it cost."
     news = [e for e in events if e["phase"] != "begin"]
@@ -297,7 +301,7 @@ def summary(events:list[dict]) -> dict: # Numbers
     last = news[-1]
     return dict(kv_bytes=last["compressed"]["kv_bytes"], full_bytes=last["compressed"]["full_bytes"], share=last["compressed"]["kv_bytes"]/last["compressed"]["full_bytes"],
                 ratio=sum(l["tokens"] for l in last["layers"])/max(sum(l["entries"] for l in last["layers"]), 1), prompt_tokens=prompt, prompt_ppl=ppl["compressed"], prompt_ppl_original=ppl["original"],
-                same=same, written=max(map(len, written.values())), shift=last["shift"], tokens_per_second={n: len(ts)/max(last[n]["seconds"], 1e-9) for n, ts in sides.items()})
+                lost=None if not (lost := [e["lost"] for e in news if e["lost"] is not None]) else sum(lost)/len(lost), same=same, written=max(map(len, written.values())), shift=last["shift"], tokens_per_second={n: len(ts)/max(last[n]["seconds"], 1e-9) for n, ts in sides.items()})
 
 def size(n): return f"{n/2**20:.2f} MiB" if n >= 2**20 else f"{n/2**10:.0f} KiB"
 
@@ -309,7 +313,7 @@ def cards(events:list[dict]) -> str: # HTML
             ("ratio", f"{s['ratio']:.2f}×", "tokens per cache entry, over all layers"),
             ("quality", f"{worse:+.1%}", f"perplexity of the prompt: {s['prompt_ppl_original']:.2f} → {s['prompt_ppl']:.2f}; less is better"),
             ("same", f"{s['same']} of {s['written']}", "written tokens are the same before the texts first part" if s["same"] < s["written"] else "written tokens: both texts are the same"),
-            ("parachute", f"{s['shift']:+.3f}" if parachute else "off", "the parachute's change of every threshold")]
+            ("parachute", f"{s['shift']:+.3f}" if parachute else "off", f"the parachute's change of every threshold; {s['lost']:.3f} nats lost per step" if parachute else "the parachute is not in use")]
     return '<div class="studio"><div class="cards">' + "".join(f'<div class="card" data-card="{n}"><b>{html.escape(b)}</b><small>{html.escape(t)}</small></div>' for n, b, t in said) + "</div></div>"
 
 # %% ../../nbs/recursive/62_studio.ipynb #855c7736
