@@ -6,9 +6,10 @@ Docs: https://compresslab.github.io/compresslab/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'sweep_app', 'recursive_app', 'SweepName', 'Storage', 'Folder', 'Method', 'Activations', 'Mirror',
-           'Profile', 'compress', 'quantize_and_save', 'text_to_measure', 'default_device', 'export', 'run_recipe',
-           'recursive_train', 'recursive_evaluate', 'recursive_generate', 'open_studio', 'measure', 'report',
-           'sweep_create', 'sweep_agent', 'sweep_status', 'sweep_best', 'data_list', 'data_get', 'doctor', 'main']
+           'Profile', 'compress', 'quantize_and_save', 'text_to_measure', 'default_device', 'export', 'plan_bytes',
+           'run_recipe', 'recursive_train', 'recursive_evaluate', 'recursive_generate', 'open_studio', 'measure',
+           'report', 'sweep_create', 'sweep_agent', 'sweep_status', 'sweep_best', 'data_list', 'data_get', 'doctor',
+           'main']
 
 # %% ../nbs/92_cli.ipynb #875bc183
 import json, os, shutil, sys
@@ -117,6 +118,25 @@ def export(
     "Write a compressed model for vLLM and transformers (compressed-tensors), which read it without compresslab."
     import compresslab as cl
     typer.echo(f"written to {cl.export(model, folder=out, unpack=unpack)}")
+
+# %% ../nbs/92_cli.ipynb #4c81110d
+@app.command("plan")
+def plan_bytes(
+    model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hugging Face Hub.")],
+    ratio: Annotated[Optional[float], typer.Option(help="Stored bytes of the model over those of the result.")] = None,
+    bytes: Annotated[Optional[int], typer.Option(help="Or: stored bytes of the result.")] = None,
+    tokens: Annotated[float, typer.Option(help="To distil on, where the plan distils.")] = 4e6,
+    entropy: Annotated[bool, typer.Option("--entropy", help="Code the file by its statistics: predictions become upper bounds, small students larger.")] = False,
+    measured: Annotated[Optional[list[Path]], typer.Option(help="A table of sensitivities that `Sensitivity.save` wrote; may be given several times.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="The recipe to write, for `compresslab run`.")] = None,
+):
+    "Say which bits, ranks and student meet a target, who gets the bytes, and what file will result."
+    from compresslab.allocation import Sensitivity
+    from compresslab.budget import plan
+    if out is not None and out.is_dir(): raise ValueError(f"--out {out} is a folder: name a file, such as recipe.yaml")
+    found = plan(model, ratio, bytes, [Sensitivity.from_json(p) for p in measured or []], tokens, entropy)
+    typer.echo(str(found))
+    if out is not None: out.parent.mkdir(parents=True, exist_ok=True); out.write_text(found.to_yaml()); typer.echo(f"written to {out}; compresslab run {out} does it")
 
 # %% ../nbs/92_cli.ipynb #5511e5d8
 @app.command("run")
