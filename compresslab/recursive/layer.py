@@ -6,9 +6,10 @@ Docs: https://compresslab.github.io/compresslab/recursive/layer.html.md"""
 
 # %% auto #0
 __all__ = ['FAMILIES', 'rotary_class', 'turn', 'turn_back', 'Level', 'features', 'thresholds', 'Newcomers', 'similarities',
-           'assign', 'gate', 'absorb', 'LayerPlan', 'Packed', 'ClusteredTokens', 'unpacked', 'ClusteredLayer',
-           'read_clusters', 'real_tokens', 'RecursiveAttention', 'recursive_class', 'into_recursive',
-           'family_attention', 'slides', 'name_ends', 'RecursiveCompression', 'learn', 'recursive_modules']
+           'assign', 'gate', 'absorb', 'ResidualForm', 'Residuals', 'leave_residuals', 'fold', 'LayerPlan', 'Packed',
+           'ClusteredTokens', 'unpacked', 'ClusteredLayer', 'read_clusters', 'real_tokens', 'RecursiveAttention',
+           'recursive_class', 'into_recursive', 'family_attention', 'slides', 'name_ends', 'RecursiveCompression',
+           'learn', 'recursive_modules']
 
 # %% ../../nbs/recursive/61_layer.ipynb #ca1eb413
 import copy, functools, sys
@@ -125,7 +126,7 @@ def assign(old, among, tau, weights): # -> slot (B, n) of K + n, -1 where none i
     score, slot = torch.cat((old, among.masked_fill(~lead[:, None], -torch.inf)), -1).max(-1)
     return torch.where(score > -torch.inf, slot, -1), real & ~lead, lead
 
-# %% ../../nbs/recursive/61_layer.ipynb #7a8ba17e
+# %% ../../nbs/recursive/61_layer.ipynb #7cf9e107
 def gate(similarity, tau, joined, temperature=.05): # (B, n) each -> (B, n) float
     "1 where a token joined and 0 where not, with the gradient of a sigmoid."
     soft = torch.sigmoid((similarity - tau)/temperature)
@@ -138,6 +139,8 @@ def absorb(
     rotation, # rotation(positions (B, K)) -> cos and sin for `turn`, or None
     histogram=None, # As in `thresholds`
     sinks:int=1, # The first tokens, where attention rests (Xiao et al. 2024), join nothing
+    residual_gate:float|None=None, # Those that join at less similarity than this stay apart: they neither count nor move the mean
+    held:torch.Tensor|None=None, # (B, K) bool: clusters that no longer move
 ) -> tuple: # The level after, the histogram after, and what happened: a dict
     "Newcomers join clusters or begin some."
     K, old_keys = level.counts.shape[1], turn_back(level.keys, rotation(level.position))
@@ -147,22 +150,128 @@ def absorb(
     place, reach = slot.clamp(min=0), slot >= 0
     similarity = torch.cat((old, among), -1).gather(-1, place[..., None])[..., 0].masked_fill(~reach, 0)
     g = gate(similarity, tau, joined)*reach
+    apart = joined & (similarity < residual_gate) if residual_gate is not None else torch.zeros_like(joined)
+    counted, moves = joined & ~apart, ~apart if held is None else ~apart & ~F.pad(held, (0, lead.shape[1])).gather(1, place)
     counts = torch.cat((level.counts, new.weights*lead), 1)
-    counts = counts.scatter_add(1, place, new.weights*joined)
-    share = (g*new.weights/counts.gather(1, place).clamp(min=1))[:, None, :, None]
+    counts = counts.scatter_add(1, place, new.weights*counted)
+    share = (g*moves*new.weights/counts.gather(1, place).clamp(min=1))[:, None, :, None]
     def mean(x, y): # clusters (B, H, K, d) and newcomers (B, H, n, d) -> (B, H, K + n, d)
         base = torch.cat((x, y), 2).float(); index = place[:, None, :, None].expand_as(y)
         return base.scatter_add(2, index, share*(y.float() - base.gather(2, index))).to(x.dtype)
-    position = torch.cat((level.position, new.position), 1).scatter_reduce(1, place, new.position*joined, "amax")
+    position = torch.cat((level.position, new.position), 1).scatter_reduce(1, place, new.position*counted, "amax")
     turned = turn(mean(old_keys, new.keys), rotation(position)).to(level.keys.dtype)
-    touched = torch.zeros_like(counts).scatter_add(1, place, (reach & (joined | torch.is_grad_enabled())).int())
+    touched = torch.zeros_like(counts).scatter_add(1, place, (reach & (counted | (torch.is_grad_enabled() & ~apart))).int())
     same = (touched[:, :K] == 0)[:, None, :, None]                                        # got nothing: no bit changes
     keys = torch.cat((torch.where(same, level.keys, turned[:, :, :K]), turned[:, :, K:]), 2)
     after = Level(keys, mean(level.values, new.values), counts, position, torch.cat((level.born, new.born), 1))
-    happened = dict(similarity=similarity, tau=tau, joined=joined, lead=lead, candidates=torch.cat((old, among.masked_fill(~lead[:, None], -torch.inf)), -1), slot=slot, name=after.born.gather(1, torch.where(joined, place, K + torch.arange(lead.shape[1], device=lead.device))))
+    happened = dict(similarity=similarity, tau=tau, joined=joined, lead=lead, apart=apart, candidates=torch.cat((old, among.masked_fill(~lead[:, None], -torch.inf)), -1), slot=slot, name=after.born.gather(1, torch.where(joined, place, K + torch.arange(lead.shape[1], device=lead.device))))
     return after.only(counts > 0), histogram, happened
 
-# %% ../../nbs/recursive/61_layer.ipynb #50da25a1
+# %% ../../nbs/recursive/61_layer.ipynb #a6e30238
+@dataclass(frozen=True)
+class ResidualForm:
+    "How the residuals of tokens are stored: `codes` (B, R, bytes), `kept` (B, R, bytes; none if nothing is left out), `scale` (B, R, vectors) uint8, e for a scale of 2^(e/8 - 16)."
+    bits:int       # 1, 2, 4 or 8
+    sparsity:float # Share of the numbers of a vector that are left out
+    vectors:int    # Of a token: a key and a value of each head
+    width:int      # d
+    count = property(lambda self: max(1, round((1 - self.sparsity)*self.width))) # of numbers kept of a vector
+
+    def encode(self, x:torch.Tensor) -> list[torch.Tensor]: # x (B, R, vectors, d)
+        x, per, half = x.detach().float(), 8//self.bits, 2**(self.bits - 1)
+        index = x.abs().topk(self.count, -1).indices.sort(-1).values
+        values = x.gather(-1, index)
+        scale = ((values.abs().amax(-1)/half).clamp(2**-16).log2()*8 + 128).round().clamp(0, 255).to(torch.uint8)
+        codes = ((values/self.steps(scale)).floor().clamp(-half, half - 1) + half).to(torch.uint8).flatten(2)
+        return [self._bytes(codes, self.bits), x.new_zeros(*x.shape[:2], 0, dtype=torch.uint8) if self.count == self.width else self._bytes(torch.zeros_like(x, dtype=torch.uint8).scatter(-1, index, 1).flatten(2), 1), scale]
+
+    def decode(self, codes, kept, scale) -> torch.Tensor: # (B, R, vectors, d) float32
+        shape, half = (*codes.shape[:2], self.vectors), 2**(self.bits - 1)
+        values = (self._numbers(codes, self.bits, self.vectors*self.count).view(*shape, self.count).float() - half + .5)*self.steps(scale)
+        if self.count == self.width: return values
+        index = self._numbers(kept, 1, self.vectors*self.width).view(*shape, self.width).argsort(dim=-1, descending=True, stable=True)[..., :self.count]
+        return torch.zeros(*shape, self.width, device=codes.device).scatter(-1, index, values)
+
+    @staticmethod
+    def steps(scale): return (scale.float()/8 - 16).exp2()[..., None]
+
+    @staticmethod
+    def _bytes(x, bits): # (B, R, n) uint8 below 2^bits -> (B, R, bytes)
+        x = F.pad(x, (0, -x.shape[-1] % (8//bits))).unflatten(-1, (-1, 8//bits))
+        return (x << bits*torch.arange(8//bits, dtype=torch.uint8, device=x.device)).sum(-1, dtype=torch.uint8)
+
+    @staticmethod
+    def _numbers(x, bits, n): return ((x[..., None] >> bits*torch.arange(8//bits, dtype=torch.uint8, device=x.device)) & (2**bits - 1)).flatten(-2)[..., :n]
+
+# %% ../../nbs/recursive/61_layer.ipynb #94365d59
+@dataclass
+class Residuals:
+    "Members of clusters that are entries of their own."
+    codes:torch.Tensor; kept:torch.Tensor; scale:torch.Tensor # As `ResidualForm` stores them
+    owner:torch.Tensor    # (B, R) int32, the cluster's `born`; -1: an empty place
+    position:torch.Tensor # (B, R) int32
+    straight:torch.Tensor|None=None # (B, R, vectors, d), the same numbers with a gradient, while training
+
+    def map(self, change): return Residuals(*(None if t is None else change(t) for t in (self.codes, self.kept, self.scale, self.owner, self.position, self.straight)))
+    tensors = property(lambda self: [t for t in (self.codes, self.kept, self.scale, self.owner, self.position, self.straight) if t is not None])
+    def join(self, other): return Residuals(*(None if a is None else torch.cat((a, b), 1) for a, b in zip(*([r.codes, r.kept, r.scale, r.owner, r.position, r.straight] for r in (self, other)))))
+
+    def only(self, keep:torch.Tensor): # (B, R) bool
+        "The places to keep, without gaps."
+        if keep.all(): return self
+        size = keep.sum(1); index = (~keep).long().argsort(dim=1, stable=True)[:, :int(size.max())]
+        out = self.map(lambda t: t.gather(1, index.view(*index.shape, *[1]*(t.ndim - 2)).expand(-1, -1, *t.shape[2:])))
+        out.owner = out.owner.where(torch.arange(index.shape[1], device=keep.device) < size[:, None], -1)
+        return out
+
+    def belongs(self, level:Level): return (self.owner[:, :, None] == level.born[:, None]) & (level.counts > 0)[:, None] & (self.owner >= 0)[:, :, None] # (B, R, K)
+
+    def differences(self, form): # (B, H, R, d) of keys before rotation, of values
+        x = (form.decode(self.codes, self.kept, self.scale) if self.straight is None else self.straight).transpose(1, 2)
+        return x.chunk(2, 1)
+
+    def entries(self, level:Level, form:ResidualForm, rotation): # keys and values (B, H, R, d)
+        "What attention sees of them."
+        k, v = self.differences(form); index = self.belongs(level).int().argmax(-1)[:, None, :, None]
+        at = lambda t: t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])).float()
+        keys = turn_back(at(level.keys), rotation(level.position.gather(1, index[:, 0, :, 0]))) + k
+        return turn(keys, rotation(self.position)).to(level.keys.dtype), (at(level.values) + v).to(level.values.dtype)
+
+# %% ../../nbs/recursive/61_layer.ipynb #e2aafa75
+def leave_residuals(
+    residuals:Residuals,
+    level:Level, # After the newcomers came
+    new:Newcomers,
+    happened:dict, # From `absorb`
+    form:ResidualForm,
+    rotation,
+    residual_gate:float,
+) -> Residuals:
+    "Those that stayed apart, beside the ones that are there."
+    apart = happened["apart"]
+    if not apart.any(): return residuals
+    owner = happened["name"].where(apart, -1)
+    fresh = Residuals(*(new.keys.new_zeros(*owner.shape, 0) for _ in range(3)), owner, new.position)
+    index = fresh.belongs(level).int().argmax(-1); wide = index[:, None, :, None]
+    at = lambda t: t.gather(2, wide.expand(-1, t.shape[1], -1, t.shape[3])).float()
+    centre = torch.cat((turn_back(at(level.keys), rotation(level.position.gather(1, index))), at(level.values)), 1)
+    x = (torch.cat((new.keys, new.values), 1).float() - centre).transpose(1, 2)
+    fresh.codes, fresh.kept, fresh.scale = form.encode(x)
+    if residuals.straight is not None:
+        soft = torch.sigmoid((residual_gate - happened["similarity"])/.05)[..., None, None]
+        fresh.straight = form.decode(fresh.codes, fresh.kept, fresh.scale) + x - x.detach() + x.detach()*(soft - soft.detach())
+    return residuals.join(fresh.only(apart))
+
+def fold(level:Level, residuals:Residuals, form, rotation) -> Level:
+    "The clusters with their members that had residuals counted in."
+    mine = residuals.belongs(level).float()                                                        # (B, R, K)
+    more = mine.sum(1); n = (level.counts + more).clamp(min=1)[:, None, :, None]
+    k, v = (torch.einsum("bhrd,brk->bhkd", x, mine)/n for x in residuals.differences(form))
+    spin = rotation(level.position); keys = turn(turn_back(level.keys, spin) + k, spin).to(level.keys.dtype)
+    some = (more > 0)[:, None, :, None]
+    return Level(torch.where(some, keys, level.keys), torch.where(some, (level.values + v).to(level.values.dtype), level.values), level.counts + more.to(level.counts.dtype), level.position, level.born)
+
+# %% ../../nbs/recursive/61_layer.ipynb #1b259a36
 @dataclass(frozen=True)
 class LayerPlan:
     "What a layer's cache does."
@@ -175,10 +284,16 @@ class LayerPlan:
     sinks:int=1 # First tokens that are never merged
     position_weight:float=0. # Of nearness in the text, against the cosine
     level2_threshold:float|None=None # Final clusters are merged again at this similarity; None: they are not
+    residual_bits:int=0 # Of the residuals of members; 0: there are none
+    residual_sparsity:float=.5 # Share of the numbers of each head's key and value that a residual leaves out
+    residual_gate:float=.99 # Members that join at less similarity than this get one
 
     def __post_init__(self):
         for name, least in (("recent", 0), ("block", 1), ("window", 1), ("sinks", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least: raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of {least} or more")
+        if self.residual_bits not in (0, 1, 2, 4, 8): raise ValueError(f"residual_bits={self.residual_bits!r} is not supported: use 1, 2, 4 or 8, or 0 for none")
+        if not 0 <= self.residual_sparsity < 1: raise ValueError(f"residual_sparsity={self.residual_sparsity!r} must be at least 0 and below 1")
+        if not -1 <= self.residual_gate < 1: raise ValueError(f"residual_gate={self.residual_gate!r} is a similarity, from -1 to below 1")
         self.clustering()                                                                            # checks the rest
         if self.level2_threshold is not None: self.clustering2()
 
@@ -200,7 +315,7 @@ class Packed:
         return new
     tensors = property(lambda self: [t for _, ts in self.stored for t in ts] + self.rest)
 
-# %% ../../nbs/recursive/61_layer.ipynb #02a4ec42
+# %% ../../nbs/recursive/61_layer.ipynb #ed8a209d
 class ClusteredTokens(CacheLayerMixin):
     "Clusters and recent tokens of one layer."
     is_sliding, is_croppable = False, False
@@ -210,7 +325,7 @@ class ClusteredTokens(CacheLayerMixin):
 
     def reset(self):
         "Forget all tokens."
-        self.levels, self.recent, self.histogram, self.columns, self.is_initialized = [], None, None, 0, False
+        self.levels, self.recent, self.residuals, self.histogram, self.columns, self.is_initialized = [], None, None, None, 0, False
         self.tally, self.contrast, self.history = torch.zeros(3, dtype=torch.float64), [], []   # decided, joined, sum of thresholds
 
     def lazy_initialization(self, key_states, value_states):
@@ -219,6 +334,10 @@ class ClusteredTokens(CacheLayerMixin):
         none = torch.zeros(len(key_states), 0, dtype=torch.int32, device=key_states.device)
         self.recent = dict(keys=key_states[:, :, :0], values=value_states[:, :, :0], weights=none.to(torch.uint8), position=none, change=none.float())
         if self.plan.percentile is not None: self.histogram = none.new_zeros(len(none), CELLS)
+        if self.plan.residual_bits:
+            self.form = ResidualForm(self.plan.residual_bits, self.plan.residual_sparsity, 2*key_states.shape[1], key_states.shape[3])
+            nothing = key_states.new_zeros(len(none), 0, 2*key_states.shape[1], key_states.shape[3], dtype=torch.float32)
+            self.residuals = Residuals(*self.form.encode(nothing), none, none, nothing if torch.is_grad_enabled() else None)
 
     def update(self, key_states, value_states, *args, **kwargs): raise TypeError("this cache is read by RecursiveAttention alone: give every other model a cache of its own")
     def get_seq_length(self): return self.columns
@@ -229,6 +348,7 @@ class ClusteredTokens(CacheLayerMixin):
         if not self.is_initialized: return
         self.levels, self.recent = [l.map(change) for l in self.levels], {k: change(t) for k, t in self.recent.items()}
         if self.histogram is not None: self.histogram = change(self.histogram)
+        if self.residuals is not None: self.residuals = self.residuals.map(change)
         self.history = [{k: change(t) for k, t in h.items()} for h in self.history]
     def reorder_cache(self, beam_idx): self._batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
     def batch_repeat_interleave(self, repeats): self._batch(lambda t: t.repeat_interleave(repeats, 0))
@@ -236,13 +356,14 @@ class ClusteredTokens(CacheLayerMixin):
     def crop(self, tokens_to_remove):
         if tokens_to_remove: raise ValueError("merged tokens cannot be removed again: use a plain cache for assisted decoding")
 
-    tensors = property(lambda self: [] if not self.is_initialized else [t for l in self.levels for t in l.tensors] + [*self.recent.values()] + ([] if self.histogram is None else [self.histogram]))
+    tensors = property(lambda self: [] if not self.is_initialized else [t for l in self.levels for t in l.tensors] + [*self.recent.values()] + ([] if self.histogram is None else [self.histogram]) + ([] if self.residuals is None else self.residuals.tensors))
     nbytes = property(lambda self: sum(t.numel()*t.element_size() for t in self.tensors)) # of all that is kept between calls
     clusters = property(lambda self: sum((unpacked(l).counts > 0).sum(1).float().mean().item() for l in self.levels) if self.is_initialized else 0.) # of a row, on average
+    apart = property(lambda self: 0. if self.residuals is None else (self.residuals.owner >= 0).sum(1).float().mean().item()) # members with residuals, of a row, on average
 
 def unpacked(level): return level.unpack() if isinstance(level, Packed) else level
 
-# %% ../../nbs/recursive/61_layer.ipynb #64fd786b
+# %% ../../nbs/recursive/61_layer.ipynb #12a1fc21
 class ClusteredLayer(ClusteredTokens):
     "Clusters and recent tokens that take new tokens and answer queries."
     def append(self, keys, values, real, position, change): # (B, H, n, d) turned, (B, n) bool, (B, n), (B, n) float
@@ -257,16 +378,21 @@ class ClusteredLayer(ClusteredTokens):
         old = {k: t[:, :, :C] if t.ndim == 4 else t[:, :C] for k, t in r.items()}
         levels, position = [unpacked(l) for l in self.levels], old["position"]
         new = Newcomers(turn_back(old["keys"], rotation(position)), old["values"], old["weights"].int(), position, position, old["change"])
-        levels[0], self.histogram, happened = absorb(levels[0], new, p.clustering(), rotation, self.histogram, p.sinks)
+        left, held = self.residuals, None if self.residuals is None else self.residuals.belongs(levels[0]).any(1)
+        levels[0], self.histogram, happened = absorb(levels[0], new, p.clustering(), rotation, self.histogram, p.sinks, p.residual_gate if left is not None else None, held)
         self._note(happened, new)
+        if left is not None: left = leave_residuals(left, unpacked(self._rest(levels[0])), new, happened, self.form, rotation, p.residual_gate)
         if len(levels) > 1:
             there = levels[0].counts > 0
             final = there & (position.amax(1, keepdim=True) - levels[0].position > p.window)
             if final.any():
                 moved, levels[0] = levels[0].only(final), levels[0].only(there & ~final)
+                if left is not None: moved, left = fold(moved, left, self.form, rotation), left.only(left.belongs(levels[0]).any(-1))
                 levels[1], _, _ = absorb(levels[1], Newcomers(turn_back(moved.keys, rotation(moved.position)), moved.values, moved.counts, moved.position, moved.born, old["change"].mean(1, keepdim=True)), p.clustering2(), rotation, None, p.sinks)
-        self.levels = levels if self.storage is None else [Packed(l, self.storage) for l in levels]
+        self.levels, self.residuals = [self._rest(l) for l in levels], left
         self.recent = {k: (t[:, :, C:] if t.ndim == 4 else t[:, C:]).clone() for k, t in r.items()}
+
+    def _rest(self, level): return level if self.storage is None else Packed(level, self.storage)
 
     def _note(self, happened, new):
         "Metrics; the contrastive loss of tokens that joined; the history, if wanted."
@@ -276,14 +402,16 @@ class ClusteredLayer(ClusteredTokens):
             self.contrast.append(F.cross_entropy(happened["candidates"][joined]/.1, happened["slot"][joined], reduction="sum"))
         if self.record: self.history.append({k: torch.where(real, happened[k].detach(), -1) for k in ("name", "similarity", "tau")})
 
-# %% ../../nbs/recursive/61_layer.ipynb #42d7b7b9
+# %% ../../nbs/recursive/61_layer.ipynb #69259a84
 class ClusteredLayer(ClusteredLayer):
     __doc__ = ClusteredLayer.__doc__
-    def read(self, query, scaling, dropout=0.): # (B, Hq, n, d), of the last n recent tokens -> (B, Hq, n, d)
-        "Attention to clusters and recent tokens."
+    def read(self, query, scaling, rotation, dropout=0.): # (B, Hq, n, d), of the last n recent tokens -> (B, Hq, n, d)
+        "Attention to clusters, members with residuals, and recent tokens."
         (B, Hq, n, d), least, levels = query.shape, torch.finfo(query.dtype).min, [unpacked(l) for l in self.levels]
-        keys, values = (torch.cat([*(getattr(l, name) for l in levels), self.recent[name]], 2) for name in ("keys", "values"))
-        counts, T = torch.cat([*(l.counts for l in levels), self.recent["weights"].int()], 1), self.recent["keys"].shape[2]
+        entries, weights = [(l.keys, l.values) for l in levels], [l.counts for l in levels]
+        if self.residuals is not None and self.residuals.owner.numel(): entries.append(self.residuals.entries(levels[0], self.form, rotation)); weights.append((self.residuals.owner >= 0).int())
+        keys, values = (torch.cat(x, 2) for x in zip(*entries, (self.recent["keys"], self.recent["values"])))
+        counts, T = torch.cat([*weights, self.recent["weights"].int()], 1), self.recent["keys"].shape[2]
         bias = counts.to(query.dtype).log().masked_fill(counts == 0, least)[:, None, None]              # (B, 1, 1, K)
         if n > 1:
             later = torch.ones(n, T, dtype=torch.bool, device=query.device).triu(T - n + 1)
@@ -299,7 +427,7 @@ class ClusteredLayer(ClusteredLayer):
         while at < query.shape[2]:
             part = slice(at, at + full - self.recent["keys"].shape[2])
             self.append(keys[:, :, part], values[:, :, part], real[:, part], position[:, part], change[:, part])
-            out.append(self.read(query[:, :, part], scaling, dropout))
+            out.append(self.read(query[:, :, part], scaling, rotation, dropout))
             if self.recent["keys"].shape[2] == full: self.settle(rotation)
             at = part.stop
         return torch.cat(out, 2)
@@ -404,7 +532,7 @@ def slides(module):
 
 def name_ends(module): return any(c.__module__.startswith("transformers.") and c.__name__.endswith("Attention") for c in type(module).__mro__)
 
-# %% ../../nbs/recursive/61_layer.ipynb #22eea59a
+# %% ../../nbs/recursive/61_layer.ipynb #af1bf264
 @dataclass(frozen=True)
 class RecursiveCompression:
     "Keep the old keys and values of a causal language model as clusters."
@@ -419,6 +547,10 @@ class RecursiveCompression:
     position_weight:float=0. # Of nearness in the text
     floor:float=0. # The least threshold
     modulator:bool=True # Learn corrections of the thresholds from hidden states
+    use_residuals:bool=False # Keep of members what their cluster does not say
+    residual_bits:int=4 # Of a number of a residual: 1, 2, 4 or 8
+    residual_sparsity:float=.5 # Share of a residual's numbers that are left out
+    residual_gate:float=.99 # Members that join at less similarity than this get one
 
     def plans(self, layers:int) -> dict[int, LayerPlan]:
         "Layer -> plan, checked."
@@ -427,7 +559,8 @@ class RecursiveCompression:
         if wrong is not None or not which or len({*which}) < len(which): raise ValueError(f"compression_layers={which} must be different indices from 0 to {layers - 1}")
         taus = self.similarity_threshold if isinstance(self.similarity_threshold, (tuple, list)) else [self.similarity_threshold]*len(which)
         if len(taus) != len(which): raise ValueError(f"{len(taus)} similarity thresholds for {len(which)} layers")
-        return {i: LayerPlan(t, self.adaptive_threshold, self.floor, self.recent, self.block, self.window, self.sinks, self.position_weight, self.level2_threshold) for i, t in zip(which, taus)}
+        return {i: LayerPlan(t, self.adaptive_threshold, self.floor, self.recent, self.block, self.window, self.sinks, self.position_weight, self.level2_threshold,
+                             self.residual_bits if self.use_residuals else 0, self.residual_sparsity, self.residual_gate) for i, t in zip(which, taus)}
 
     def apply(self, model): # A transformers causal language model; changed in place, returned
         "Compress the cache of a model. Applied again, it changes the settings and keeps what was learned."
