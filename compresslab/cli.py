@@ -7,9 +7,9 @@ Docs: https://compresslab.github.io/compresslab/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'data_app', 'sweep_app', 'recursive_app', 'SweepName', 'Storage', 'Folder', 'Method', 'Activations', 'Mirror',
            'Profile', 'compress', 'quantize_and_save', 'text_to_measure', 'default_device', 'export', 'plan_bytes',
-           'run_recipe', 'recursive_train', 'recursive_evaluate', 'recursive_generate', 'open_studio', 'measure',
-           'report', 'sweep_create', 'sweep_agent', 'sweep_status', 'sweep_best', 'data_list', 'data_get', 'doctor',
-           'main']
+           'run_recipe', 'run_playbook', 'recursive_train', 'recursive_evaluate', 'recursive_generate', 'open_studio',
+           'measure', 'report', 'sweep_create', 'sweep_agent', 'sweep_status', 'sweep_best', 'data_list', 'data_get',
+           'doctor', 'main']
 
 # %% ../nbs/92_cli.ipynb #875bc183
 import json, os, shutil, sys
@@ -138,7 +138,7 @@ def plan_bytes(
     typer.echo(str(found))
     if out is not None: out.parent.mkdir(parents=True, exist_ok=True); out.write_text(found.to_yaml()); typer.echo(f"written to {out}; compresslab run {out} does it")
 
-# %% ../nbs/92_cli.ipynb #5511e5d8
+# %% ../nbs/92_cli.ipynb #647c1391
 @app.command("run")
 def run_recipe(
     recipe: Annotated[Path, typer.Argument(help="A YAML file of stages, or of the reference's branches.")],
@@ -149,13 +149,52 @@ def run_recipe(
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
 ):
     "Run a recipe, or what is left of it: each stage measured from its file."
-    from compresslab.recipe import Recipe
+    from compresslab.recipe import Recipe, processes
     if not recipe.exists(): raise FileNotFoundError(f"{recipe} is not there: no recipe was read")
     read = Recipe.from_yaml(recipe)
     done = read.run(model, data, out or read.out or Path("out")/recipe.stem, dry_run, device)
-    if not dry_run: typer.echo(f"\n{done}")
+    if not dry_run and processes().is_main_process: typer.echo(f"\n{done}")
 
-# %% ../nbs/92_cli.ipynb #110f6da2
+# %% ../nbs/92_cli.ipynb #62f502fb
+@app.command("playbook")
+def run_playbook(
+    model: Annotated[str, typer.Argument(help="The model to compress: a folder, or a name on the Hugging Face Hub.")],
+    ratio: Annotated[float, typer.Option(help="Stored bytes of the model over those of the result.")],
+    data: Annotated[str, typer.Option(help="Text: a folder or a data name.")] = "python-stdlib",
+    out: Annotated[Optional[Path], typer.Option(help="The run's folder; the model goes into its folder model. [default: out/MODEL-RATIOx]")] = None,
+    retained: Annotated[Optional[float], typer.Option(help="Share of the next-token accuracy to retain, checked at the end.")] = None,
+    teacher: Annotated[Optional[str], typer.Option(help="Another model to learn from. [default: the model]")] = None,
+    teacher_checkpoint: Annotated[Optional[Path], typer.Option(help="Weights for the teacher: a .safetensors file, or a checkpoint's folder.")] = None,
+    student: Annotated[Optional[str], typer.Option(help="A float model to begin with. [default: of the planner's shape, made of the model]")] = None,
+    vocabulary: Annotated[Optional[str], typer.Option(help="Tokens to keep at most, or bytes. [default: all]")] = None,
+    distill_data: Annotated[Optional[str], typer.Option(help="Text to distil on; teacher: text that the teacher writes, added. [default: that of --data]")] = None,
+    finetune_data: Annotated[Optional[str], typer.Option(help="Text to fine-tune on, before the grid.")] = None,
+    tokens: Annotated[float, typer.Option(help="To train on, all stages together.")] = 4e6,
+    finetune_tokens: Annotated[Optional[float], typer.Option(help="Of these, to fine-tune on. [default: a tenth with --finetune-data, else none]")] = None,
+    seq_len: Annotated[Optional[int], typer.Option(help="Tokens of a row. [default: 256]")] = None,
+    stride: Annotated[Optional[int], typer.Option(help="Tokens from one training row's beginning to the next. [default: rows share one token]")] = None,
+    max_chunks: Annotated[Optional[int], typer.Option(help="Rows to train on, at most.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Rows a step, on each device.")] = None,
+    lr: Annotated[Optional[float], typer.Option(help="Peak learning rate of every stage that trains.")] = None,
+    entropy: Annotated[bool, typer.Option(help="Code the file by its statistics.")] = True,
+    tracker: Annotated[Optional[str], typer.Option(help="tensorboard, wandb, …")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with predicted bytes; write no stage.")] = False,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
+):
+    "A student of the planner's shape, distilled, trained on its grid and coded: what it takes and what it kept."
+    from compresslab.playbook import playbook, verdict
+    from compresslab.recipe import processes
+    from compresslab.sweep import report
+    out, vocabulary = out or Path("out")/f"{Path(model).name}-{ratio:g}x", int(vocabulary) if vocabulary and vocabulary.isdigit() else vocabulary
+    done = playbook(model, ratio, data, out, retained, teacher, teacher_checkpoint, student, vocabulary, tokens, entropy, distill_data, finetune_data, finetune_tokens,
+                    seq_len, stride, max_chunks, batch_size, lr, seed, device, dry_run, dict(trackers=tracker))
+    if dry_run or not processes().is_main_process: return
+    last = done.ledger.rows[-1]
+    report(dict(top1=last.top1, bpb=last.bpb, nll=last.nll, bytes=last.stored_bytes))                  # of validation rows; outside a sweep nothing happens
+    typer.echo(f"\n{done.ledger}\n\n{verdict(done)}\nsaved to {done.folder/'model'}")
+
+# %% ../nbs/92_cli.ipynb #f20b547c
 @recursive_app.command("train")
 def recursive_train(
     model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hugging Face Hub.")],
@@ -173,6 +212,10 @@ def recursive_train(
     level2_threshold: Annotated[Optional[float], typer.Option(help="Merge final clusters again, at this similarity.")] = None,
     window: Annotated[int, typer.Option(help="Tokens in which a cluster must grow to go on growing.")] = 256,
     recent: Annotated[int, typer.Option(help="Tokens that stay as they are.")] = 32,
+    use_residuals: Annotated[bool, typer.Option("--use-residuals", help="Keep of merged tokens what their cluster does not say.")] = False,
+    residual_bits: Annotated[int, typer.Option(help="Of a number of a residual: 1, 2, 4 or 8.")] = 4,
+    residual_sparsity: Annotated[float, typer.Option(help="Share of a residual's numbers that are left out.")] = .5,
+    residual_gate: Annotated[float, typer.Option(help="Tokens that merge at less similarity than this get a residual.")] = .99,
     contrastive_weight: Annotated[float, typer.Option(help="Of the loss that separates clusters.")] = .1,
     parachute: Annotated[bool, typer.Option("--parachute", help="Loosen thresholds when quality falls.")] = False,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
@@ -184,7 +227,8 @@ def recursive_train(
     from compresslab.store import check_replaceable, find_tokenizer, model_path
     path = model_path(model); check_replaceable(output)
     layers = None if compression_layers is None else tuple(int(i) for i in compression_layers.split(","))
-    setting = cl.RecursiveCompression(layers, similarity_threshold, adaptive_threshold, level2_threshold, recent=recent, window=window)
+    setting = cl.RecursiveCompression(layers, similarity_threshold, adaptive_threshold, level2_threshold, recent=recent, window=window, use_residuals=use_residuals,
+                                      residual_bits=residual_bits, residual_sparsity=residual_sparsity, residual_gate=residual_gate)
     loaded = cl.load(path, device or default_device()).float()
     if epochs:
         blocks = pack(documents(data), find_tokenizer(path), max_length, max_tokens=max_tokens)
@@ -380,7 +424,7 @@ def doctor():
     typer.echo(f"\n{'project':13} {project_root()}\n{'data folder':13} {data_root()}\n{'default model':13} {default if default.exists() else 'missing: run `compresslab report pylm`'}")
     typer.echo(f"{'reports':13} {', '.join(reports()) or 'none: not in a checkout'}\n{'data here':13} {', '.join(r['name'] for r in available() if r['bytes'])}")
 
-# %% ../nbs/92_cli.ipynb #7927f5ce
+# %% ../nbs/92_cli.ipynb #6f9bc8f3
 def main():
     "The entry point: errors become one line on stderr, and the exit code says that there was one."
     debug = "--debug" in sys.argv
@@ -394,3 +438,5 @@ def main():
         if debug: raise
         message = " ".join(str(e).split()) or type(e).__name__
         typer.echo(f"error: {message}", err=True); raise SystemExit(1) from None
+
+if __name__ == "__main__" and "__file__" in globals(): main()             # accelerate launch -m compresslab.cli
