@@ -1,6 +1,9 @@
 """Compressed contexts: real SQuAD as tokens, its official scores, real models end to end, several processes, and a compressor that learns."""
 import json
 import random
+import shutil
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,10 +11,11 @@ import torch
 from transformers import BertConfig, BertForTokenClassification, BertTokenizer, GPT2Config, GPT2LMHeadModel
 
 from compresslab.data import squad
+from compresslab.gist import qa
 from compresslab.gist.compressors import COMPRESSORS
 from compresslab.gist.cost import context_costs, forward_flops, kv_bytes, questions_to_pay
 from compresslab.gist.qa import CompressionConfig, ablation_table, answer, grid, load_reader, mentions, questions_of, run_ablations, run_single_ablation, write_rows
-from compresslab.gist.reader import CONTROLS, Questions, Reader, model_positions, qa_loss, read_row, squad_scores
+from compresslab.gist.reader import CONTROLS, Questions, Reader, model_positions, qa_loss, read_row, run_name, squad_scores
 from compresslab.store import find_tokenizer, load
 
 
@@ -94,6 +98,31 @@ def test_processes_find_the_same_numbers(pylm, code, tmp_path):
     assert without(apart) == without(here) and ablation_table(here).shape[0] == 2
     for r in here: assert torch.equal(*(next(iter(load_reader(tmp_path/f/r["run"]).learned().values())) for f in ("apart", "here")))
     with pytest.raises(RuntimeError, match="failed: .*was not found"): run_ablations([replace(base, architecture=a, model="nowhere") for a in ("conv", "gist")], tmp_path/"bad", processes=2, progress=False)
+
+
+def test_one_process_for_each_gpu(tmp_path, monkeypatch):
+    """Where two GPUs are visible, two runs go at a time, each on the one that is free; results keep the order they were asked in."""
+    busy, seen, lock = [], [], threading.Lock()
+    def elsewhere(config, folder, gpu):
+        with lock: assert gpu not in busy; busy.append(gpu); seen.append((gpu, len(busy)))
+        time.sleep(.05)
+        with lock: busy.remove(gpu)
+        return dict(run=run_name(config))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7"); monkeypatch.setattr(qa, "run_elsewhere", elsewhere)
+    runs = grid(CompressionConfig(), target_lengths=(8, 16), controls=())
+    assert [r["run"] for r in run_ablations(runs, tmp_path, progress=False)] == [run_name(c) for c in runs]
+    assert {g for g, _ in seen} == {"4", "7"} and max(n for _, n in seen) == 2 and len(seen) == 8
+    assert json.loads((tmp_path/"results_summary.json").read_text())[-1]["run"] == run_name(runs[-1])
+
+
+def test_a_moved_folder_resumes(pylm, code, tmp_path):
+    """The same data elsewhere: the finished run is found, though its folder was moved too."""
+    base = CompressionConfig("conv", 8, str(pylm), str(code), template="\n# {question}:", ending="\n", train_examples=8, valid_examples=4, max_answer=4, precision="no")
+    first = run_single_ablation(base, tmp_path/"runs", progress=False)
+    (tmp_path/"new").mkdir(); shutil.move(code, tmp_path/"new"/"code"); shutil.move(tmp_path/"runs", tmp_path/"new"/"runs")
+    def never(model, history): raise AssertionError("trained again")
+    assert run_single_ablation(replace(base, data=str(tmp_path/"new"/"code")), tmp_path/"new"/"runs", progress=False, on_step=never) == first
+    assert answer(load_reader(tmp_path/"new"/"runs"/first["run"]), questions_of(replace(base, data=str(tmp_path/"new"/"code")), find_tokenizer(str(pylm)), 512, progress=False)[1], find_tokenizer(str(pylm)), progress=False)
 
 
 def test_bad_input(pylm, tokenizer, code, tmp_path):
