@@ -6,22 +6,26 @@ Docs: https://compresslab.github.io/compresslab/recipe.html.md"""
 
 # %% auto #0
 __all__ = ['GIVEN', 'STAGES', 'BLOCKS', 'REFERENCE', 'Stage', 'stage', 'nearest', 'number', 'check_settings', 'check_stage',
-           'read_yaml', 'check_trackers', 'Recipe', 'Rows', 'twin_of', 'predicted_bytes', 'predict_packed',
-           'predict_zeros', 'predict_channels', 'predict_heads', 'predict_hidden', 'predict_layers', 'predict_student',
-           'predict_latents', 'predict_mixed', 'unchanged', 'quantize_mixed', 'magnitude', 'allocated',
-           'predict_factors', 'low_rank', 'predict_embedding', 'embedding', 'vocabulary', 'kd', 'qat', 'student',
-           'cascade', 'finetune', 'lora', 'cast_floats', 'Run', 'Plan', 'from_reference']
+           'read_yaml', 'check_trackers', 'Recipe', 'overlapping', 'Rows', 'twin_of', 'predicted_bytes',
+           'predict_packed', 'predict_zeros', 'predict_channels', 'predict_heads', 'predict_hidden', 'predict_layers',
+           'predict_student', 'predict_latents', 'predict_mixed', 'unchanged', 'quantize_mixed', 'magnitude',
+           'allocated', 'predict_factors', 'low_rank', 'predict_embedding', 'embedding', 'vocabulary', 'processes',
+           'own_words', 'kd', 'qat', 'student', 'given_student', 'cascade', 'finetune', 'lora', 'cast_floats', 'Run',
+           'Plan', 'from_reference']
 
-# %% ../nbs/80_recipe.ipynb #5b31076a
+# %% ../nbs/80_recipe.ipynb #bf48cb47
 import copy, difflib, hashlib, inspect, json, math, re, shutil, tempfile, time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch, yaml
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import ConcatDataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
@@ -29,6 +33,7 @@ from .calibration import targets
 from .coding import PATTERNS
 from .data import Blocks, cut_pool, documents, pack
 from .distillation.cascade import ProgressiveDistillation
+from .distillation.generation import write
 from .distillation.students import config_values, kept_layers, kept_units, student_of, student_shape
 from .distillation.trainer import DistillationTrainer
 from .ledger import Ledger, Row, measure
@@ -53,13 +58,13 @@ from .quant.qat import center_and_levels, convert, prepare_qat
 from .quant.rounding import hqq, learn_rounding
 from .quant.scaling import awq, smoothquant
 from .resizing import changed_twin, even_layers, head_width, layer_values, mlp_width
-from .store import check_replaceable, find_tokenizer, load, model_path, save, sha256, stored_bytes, weight_files
+from .store import check_replaceable, find_tokenizer, load, manifest_modules, model_path, save, sha256, stored_bytes, weight_files
 from .surgery import LINEAR, find, matrix, params, replace, selected, stacks
 from .train import evaluate, fit
 
-# %% ../nbs/80_recipe.ipynb #d9535157
-GIVEN = dict(model="what the stages before left, in float32", calibration="a list of token blocks", train="rows to train on", valid="rows to choose by, such as when to stop",
-             teacher="the original, in float32", tokenizer="that of the model as it is now", checkpoint="a folder of the stage's own, kept until its result is written",
+# %% ../nbs/80_recipe.ipynb #70be72f2
+GIVEN = dict(model="what the stages before left, in float32", calibration="a list of token blocks", train="rows to train on", tuning="rows to fine-tune on: of `data`'s `finetune`, by default those to train on", valid="rows to choose by, such as when to stop",
+             teacher="the original or the recipe's `teacher`, in float32", tokenizer="that of the model as it is now", checkpoint="a folder of the stage's own, kept until its result is written",
              trackers="those of the recipe's `logging`, for `fit`", progress="whether to show bars") # What a stage may name
 _BY_NAME = {"samples", "length"} # Settings of calibration by name, which a recipe's `data` has
 
@@ -75,6 +80,7 @@ class Stage:
         if "model" not in parts: raise TypeError(f"stage '{self.name}' does not take a model: its function needs a parameter called 'model'")
         named = {n: p for n, p in parts.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         self.given = [n for n in named if n in GIVEN]
+        self.trains = bool({"train", "tuning"} & {*self.given})                             # then it runs on every process, else on the first alone
         self.settings = {n: p.default for n, p in named.items() if n not in GIVEN and n not in _BY_NAME}     # `Parameter.empty` where there is no default
 
 STAGES = {}
@@ -121,9 +127,9 @@ def check_stage(name:str, settings:dict|None) -> tuple[str, dict]:
     if name not in STAGES: raise ValueError(f"stage '{name}' is unknown: {nearest(name, STAGES, 'stages')}")
     return name, check_settings(name, settings, STAGES[name].settings)
 
-# %% ../nbs/80_recipe.ipynb #ae8c0dd7
+# %% ../nbs/80_recipe.ipynb #6bd30f6c
 BLOCKS = dict(
-    data=dict(text="python-stdlib", train=None, calibration=None, valid=None, test=None, length=256, samples=64, train_tokens=None, valid_tokens=50_000, test_tokens=50_000),
+    data=dict(text="python-stdlib", train=None, calibration=None, valid=None, test=None, finetune=None, length=256, stride=None, samples=64, train_tokens=None, valid_tokens=50_000, test_tokens=50_000),
     target=dict(ratio=None, bytes=None, retained_accuracy=None),
     evaluation=dict(timing=False, score="top1"),
     logging=dict(trackers=None, progress=True),
@@ -147,7 +153,7 @@ def check_trackers(names):
         if n not in LOGGER_TYPE_TO_CLASS: raise ValueError(f"logging: tracker '{n}' is unknown: {nearest(str(n), [*LOGGER_TYPE_TO_CLASS], 'trackers')}")
         if n not in here: raise ValueError(f"logging: tracker '{n}' is not installed: pip install {n}")
 
-# %% ../nbs/80_recipe.ipynb #d264569f
+# %% ../nbs/80_recipe.ipynb #8327f655
 @dataclass
 class Recipe:
     "Stages, in order, and what they work on."
@@ -160,6 +166,7 @@ class Recipe:
     storage:dict=field(default_factory=dict)
     out:str|None=None # A folder; `run` may say another
     seed:int=0
+    teacher:str|None=None # A folder or name of another model to learn from; by default the original
 
     def __post_init__(self):
         if not isinstance(self.stages, list) or not self.stages: raise ValueError("a recipe needs a list of stages: stages: [quant.gptq: {bits: 4}]")
@@ -211,20 +218,34 @@ def _check_apart(sets:dict):
         for k in {_ids(rows[i]).numpy().tobytes() for i in range(len(rows))}:
             if seen.setdefault(k, part) != part: raise ValueError(f"a row of {part} is in {seen[k]} too: split by document first")
 
-# %% ../nbs/80_recipe.ipynb #096ab9ee
+# %% ../nbs/80_recipe.ipynb #3b64df9c
+def overlapping(
+    blocks:Blocks, # As `pack(..., "flow")` makes them
+    stride:int, # Tokens from the beginning of a block to that of the next
+) -> Blocks:
+    "The same stream in blocks that overlap."
+    length = blocks.input_ids.shape[1]
+    if not 0 < stride < length: raise ValueError(f"data: stride {stride} is not supported: blocks have {length} tokens, use 1 to {length - 1}")
+    n = int(blocks.attention_mask.sum()) - len(blocks) + 1
+    def cut(t):
+        stream = torch.cat([t[0], t[1:, 1:].flatten()])[:n]
+        return stream.unfold(0, length, stride).contiguous() if n >= length else t
+    return Blocks(*map(cut, (blocks.input_ids, blocks.labels, blocks.attention_mask)), blocks.n_bytes, blocks.n_documents)
+
+# %% ../nbs/80_recipe.ipynb #6df9d3af
 class Rows:
     "The rows of a run: token blocks of documents for a tokenizer, or data sets as they were given."
     def __init__(self, settings:dict, seed:int=0):
         self.about, self.seed, self.made = settings, seed, {}
-        given = {p: settings[p] for p in ("test", "valid", "calibration", "train")}
+        given = {p: settings[p] for p in ("test", "valid", "calibration", "train", "finetune")}
         self.sets = {p: v for p, v in given.items() if v is not None and not isinstance(v, str) and not (isinstance(v, list) and v and isinstance(v[0], str))}
-        _check_apart(self.sets)
-        self.texts = {} if {"train", "valid"} <= self.sets.keys() else self._documents({p: v for p, v in given.items() if p not in self.sets})
+        _check_apart({p: v for p, v in self.sets.items() if p != "finetune"}); _check_apart({p: v for p, v in self.sets.items() if p != "train"})    # these two may share
+        self.texts = {} if {"train", "valid"} <= self.sets.keys() else self._documents({p: v for p, v in given.items() if p not in self.sets and (p != "finetune" or v)})
 
     def _documents(self, given) -> dict: # Part -> documents
         s, draw = self.about["text"], torch.Generator().manual_seed(self.seed)
         shuffled = lambda docs: [docs[i] for i in torch.randperm(len(docs), generator=draw).tolist()]
-        out = {p: shuffled(_pool(given[p] or s, p)) for p in ("valid", "train") if p in given}
+        out = {p: shuffled(_pool(given[p] or s, "train" if p == "finetune" else p)) for p in ("valid", "train", "finetune") if p in given}
         if "test" in given:
             try: out["test"] = shuffled(_pool(given["test"] or s, "test"))
             except ValueError:
@@ -236,22 +257,28 @@ class Rows:
                 size = sum(map(len, out["train"])); wanted = min(.1, 8*self.about["samples"]*self.about["length"]/max(size, 1))
                 out["calibration"], out["train"] = _apart(out["train"], max(wanted, 1/max(len(out["train"]), 1)))
         seen = set()
-        for p in ("test", "valid", "calibration", "train"):
+        for p in ("test", "valid", "calibration", "train", "finetune"):
             key = {hashlib.sha256(d.strip().encode()).hexdigest(): d for d in out.get(p, [])}
             if p in out: out[p] = [d for k, d in key.items() if k not in seen]
-            seen |= key.keys()
+            if p != "train": seen |= key.keys()
         empty = next((p for p, docs in out.items() if not docs), None)
         if empty: raise ValueError(f"no document is left for {empty}: name one, as in data: {{{empty}: NAME}}")
         return out
 
     def get(self, part:str, tokenizer, context:int|None=None):
         "The rows of a part: `Blocks`, or a list of token ids for calibration."
+        if part == "tuning": part = "finetune" if "finetune" in self.sets or "finetune" in self.texts else "train"
         if part in self.sets: return self.sets[part]
         if part not in self.texts: raise ValueError(f"data has no {part} rows: pass them too, or a name for text")
         if tokenizer is None: raise ValueError("the model has no tokenizer beside it: pass data sets of token ids as data")
         length, key = min(self.about["length"], context or 2**30), (part, hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest() if tokenizer.is_fast else str(tokenizer), context)
-        if key not in self.made: self.made[key] = self._calibration(tokenizer, length) if part == "calibration" else pack(self.texts[part], tokenizer, length, "flow" if part == "train" else "document", self.about[f"{part}_tokens"] and int(self.about[f"{part}_tokens"]))
+        if key not in self.made: self.made[key] = self._calibration(tokenizer, length) if part == "calibration" else self._packed(part, tokenizer, length)
         return self.made[key]
+
+    def _packed(self, part, tokenizer, length):
+        trained = part in ("train", "finetune"); most = self.about["train_tokens" if trained else f"{part}_tokens"]
+        blocks = pack(self.texts[part], tokenizer, length, "flow" if trained else "document", most and int(most))
+        return overlapping(blocks, self.about["stride"]) if trained and self.about["stride"] else blocks
 
     def _calibration(self, tokenizer, length):
         n = self.about["samples"]
@@ -262,8 +289,8 @@ class Rows:
 
     def key(self) -> str:
         "A hash of everything that stages may read, and of how it is cut."
-        h = hashlib.sha256(json.dumps({k: v for k, v in self.about.items() if k not in self.sets and k not in ("text", "train", "calibration", "valid", "test", "test_tokens")}).encode())
-        for p in ("valid", "calibration", "train"):
+        h = hashlib.sha256(json.dumps({k: v for k, v in self.about.items() if k not in self.sets and k not in ("text", "train", "calibration", "valid", "test", "finetune", "test_tokens")}).encode())
+        for p in ("valid", "calibration", "train", "finetune"):
             for d in self.texts.get(p, []): h.update(hashlib.sha256(d.encode()).digest())
             rows = self.sets.get(p, [])
             for i in range(len(rows)): h.update(_ids(rows[i]).contiguous().numpy().tobytes())
@@ -503,7 +530,12 @@ def vocabulary(model, tokenizer, train, minimum_count:int=1, keep:int|None=None,
     model, small = trim_vocabulary(model, tokenizer, [train[i]["input_ids"] for i in range(len(train))], minimum_count=minimum_count, keep=keep, progress=progress)
     return model, dict(tokenizer=small)
 
-# %% ../nbs/80_recipe.ipynb #cb415b64
+# %% ../nbs/80_recipe.ipynb #ec329c09
+def processes() -> PartialState:
+    "The processes of this run: one, without `accelerate launch`."
+    if not PartialState._shared_state: Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])     # who waits for a long stage does not give up
+    return PartialState()
+
 def _kept(model):
     "What keeps the zeros of a pruned model."
     return KeepZeros() if any((m.weight == 0).float().mean() > .05 for m in find(model, LINEAR).values()) else None
@@ -513,14 +545,25 @@ def _mapping(model, teacher, tokenizer):
     ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (model, teacher))
     if ours == theirs: return None
     known = find_tokenizer(teacher.config.name_or_path)
-    return torch.tensor(known.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens([*range(ours)])))
+    if known is None or tokenizer is None: raise ValueError(f"the student has {ours} tokens and the teacher {theirs}: a tokenizer beside each says which is which, and one is missing")
+    there = known.get_vocab(); words = tokenizer.convert_ids_to_tokens([*range(ours)]); strange = [w for w in words if w not in there]
+    if strange: raise ValueError(f"{len(strange):,} of the student's {ours:,} tokens are not the teacher's ({strange[0]!r}): a student with a tokenizer of its own cannot be taught here, see align in distillation")
+    return torch.tensor([there[w] for w in words])
 
 def _said(history) -> dict: return dict(steps=len(history), tokens=history[-1]["tokens"], loss=history[-1]["loss"])
 
+def own_words(teacher, tokenizer, length:int, tokens:float, file:Path, seed:int=0, progress:bool=True) -> Blocks: # tokens: of the teacher's
+    "Rows of text that a teacher writes from nothing, kept in a file."
+    if tokenizer is None or (known := find_tokenizer(teacher.config.name_or_path)) is None: raise ValueError("what a teacher writes is read back as text: a tokenizer beside both models is needed")
+    if processes().is_main_process and not file.exists(): _write(file, [known.decode(x["input_ids"][x["attention_mask"] > 0], skip_special_tokens=True) for x in write(teacher, max(1, round(tokens/length)), new=length - 1, seed=seed, progress=progress)])
+    processes().wait_for_everyone()
+    return pack([t for t in json.loads(file.read_text()) if t], tokenizer, length)
+
 @stage("distillation.kd", unchanged)
 def kd(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progress=True, tokens:float=1e6, temperature:float=2., alpha:float=.7, feature_weight:float=.1, attention_weight:float=0., kind="forward",
-       lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", warmup:float=.05, save_minutes:float=5., seed:int=0):
-    "Distillation from the original: `DistillationTrainer`."
+       written:float=0., lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", warmup:float=.05, save_minutes:float=5., seed:int=0):
+    "Distillation from the teacher: `DistillationTrainer`. `written`: so many tokens of text that the teacher writes itself are added to the rows."
+    if written: train = ConcatDataset([train, own_words(teacher, tokenizer, train[0]["input_ids"].numel(), written, Path(checkpoint).parent/"written.json", seed, progress)])
     trainer = DistillationTrainer(teacher, model, temperature, alpha, feature_weight, attention_weight, kind, mapping=_mapping(model, teacher, tokenizer))
     history = trainer.train(train, tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, warmup=warmup, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, on_step=_kept(model), progress=progress)
     return model, _said(history)
@@ -541,13 +584,23 @@ def student(model, calibration, layers=None, hidden_size:int|None=None, intermed
     made = student_of(model, layers, hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, params_ratio, calibration, initialize, widths, choose_layers, seed=seed, progress=progress)
     return made, dict(choices=str(made.choices))
 
+def _predict_given(twin, source): return twin_of(load(source)).to(twin.dtype)
+
+@stage("distillation.given", _predict_given)
+def given_student(model, source:str):
+    "A student that is there already: the float model in a folder takes the model's place."
+    found = load(source)
+    if manifest_modules(found): raise ValueError(f"{source} is compressed already: a student begins in float")
+    return nn.Module.float(found).to(model.device), dict(tokenizer=find_tokenizer(model_path(source)))
+
 @stage("distillation.cascade")
 def cascade(model, train, calibration, tokenizer, checkpoint, progress=True, sizes=(.5, .25), tokens:float=1e6, temperature:float=2., alpha:float=.7, feature_weight:float=.1, lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", save_minutes:float=5., seed:int=0):
     "`ProgressiveDistillation`: each student teaches the next."
+    if processes().num_processes > 1: raise ValueError("distillation.cascade keeps its own folders and runs in one process: use distillation.kd, or start it without accelerate launch")
     made = ProgressiveDistillation(sizes, temperature, alpha, feature_weight)
     return made.train_cascade(model, train, tokens, checkpoint, calibration=calibration, tokenizer=tokenizer, progress=progress, lr=lr, batch_size=batch_size, optimizer=optimizer, save_minutes=save_minutes, seed=seed), dict(stages=len(sizes))
 
-# %% ../nbs/80_recipe.ipynb #f98e7c2f
+# %% ../nbs/80_recipe.ipynb #83e7490f
 class _Enough(Exception): "Raised to end a training that need not go on."
 
 @dataclass
@@ -563,21 +616,22 @@ class _Watch:
         if len(history) % self.every: return
         before = [h["valid_nll"] for h in history if "valid_nll" in h]
         nll = evaluate(model, self.valid, progress=False).nll; history[-1]["valid_nll"] = nll
-        if not before or nll < min(before):
+        if (not before or nll < min(before)) and processes().is_main_process:
             self.best.parent.mkdir(parents=True, exist_ok=True)
             new = self.best.with_suffix(".new"); save_file({n: p.detach().cpu().contiguous().clone() for n, p in model.named_parameters()}, new); new.replace(self.best)
         since = len(before) - before.index(min(before)) if before and nll >= min(before) else 0
         if (self.patience is not None and since >= self.patience) or (self.goal is not None and nll <= self.goal): self.ended = [*history]; raise _Enough
 
 @stage("finetune", unchanged)
-def finetune(model, teacher, train, valid, checkpoint, trackers=None, progress=True, tokens:float=1e6, lr:float=3e-4, batch_size:int=16, optimizer:str="adamw", patience:int|None=None, ppl_tolerance:float|None=None, evaluate_every:int=100, save_minutes:float=5., seed:int=0):
+def finetune(model, teacher, tuning, valid, checkpoint, trackers=None, progress=True, tokens:float=1e6, lr:float=3e-4, batch_size:int=16, optimizer:str="adamw", patience:int|None=None, ppl_tolerance:float|None=None, evaluate_every:int=100, save_minutes:float=5., seed:int=0):
     "Training on the text itself, ended by validation where `patience` or `ppl_tolerance` is given."
     goal = None if ppl_tolerance is None else evaluate(teacher, valid, progress=False).nll + math.log1p(ppl_tolerance)
     watching = patience is not None or goal is not None
     watch, best = _kept(model), Path(checkpoint)/"best.safetensors"
     if watching: watch = _Watch(valid, evaluate_every, patience, goal, best, watch)
-    try: history = fit(model, train, tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=Path(checkpoint)/"fit", save_minutes=save_minutes, trackers=trackers, on_step=watch, progress=progress)
+    try: history = fit(model, tuning, tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=Path(checkpoint)/"fit", save_minutes=save_minutes, trackers=trackers, on_step=watch, progress=progress)
     except _Enough: history = watch.ended
+    processes().wait_for_everyone()
     if watching and best.exists():
         state = load_file(best)
         with torch.no_grad():
@@ -585,7 +639,7 @@ def finetune(model, teacher, train, valid, checkpoint, trackers=None, progress=T
     scores = [h["valid_nll"] for h in history if "valid_nll" in h]
     return model.eval(), dict(_said(history), **(dict(valid_nll=min(scores), evaluations=len(scores)) if scores else {}))
 
-# %% ../nbs/80_recipe.ipynb #3f8f0a81
+# %% ../nbs/80_recipe.ipynb #a44e2624
 def _adapters(model, rank):
     try: from peft import LoraConfig, inject_adapter_in_model
     except ImportError: raise ImportError("LoRA needs peft: pip install 'compresslab[gist]'") from None
@@ -616,14 +670,16 @@ def lora(model, teacher, train, tokenizer, checkpoint, trackers=None, progress=T
             _merge(model)
             with torch.no_grad():
                 for n, k in kept.items(): model.get_submodule(n).weight.masked_fill_(~k, 0)
-            folder.mkdir(parents=True, exist_ok=True); save_file({n: p.detach().cpu().contiguous().clone() for n, p in model.named_parameters()}, folder/"new.safetensors"); (folder/"new.safetensors").replace(done)
-            shutil.rmtree(folder/f"{i + 1}", ignore_errors=True)
+            if processes().is_main_process:
+                folder.mkdir(parents=True, exist_ok=True); save_file({n: p.detach().cpu().contiguous().clone() for n, p in model.named_parameters()}, folder/"new.safetensors"); (folder/"new.safetensors").replace(done)
+                shutil.rmtree(folder/f"{i + 1}", ignore_errors=True)
+            processes().wait_for_everyone()
         state = load_file(done)
         with torch.no_grad():
             for n, p in model.named_parameters(): p.copy_(state[n])
     return model.eval(), dict(restarts=restarts, rank=rank)
 
-# %% ../nbs/80_recipe.ipynb #10d5c08e
+# %% ../nbs/80_recipe.ipynb #4245c2f0
 def cast_floats(model, dtype:torch.dtype): # Parameters only: buffers of positions stay exact
     "Give a model's parameters the dtype they are stored in."
     for p in model.parameters():
@@ -648,19 +704,26 @@ class Run:
 class _Runner:
     "A recipe on a model, in a folder."
     def __init__(self, recipe, model, data, out, device, progress):
-        self.recipe, self.out, self.device, self.progress = recipe, Path(out), device or ("cuda" if torch.cuda.is_available() else "cpu"), progress and recipe.logging["progress"]
-        self.source = self._source(model)
+        several, self.main = processes().num_processes > 1, processes().is_main_process
+        self.recipe, self.out, self.progress = recipe, Path(out), progress and recipe.logging["progress"] and self.main
+        self.device = device or (processes().device if several else "cuda" if torch.cuda.is_available() else "cpu")
+        self.source = self._source(model); self.teacher = self.source if recipe.teacher is None else model_path(recipe.teacher)
         config = AutoConfig.from_pretrained(self.source)
         self.context, self.pairs = getattr(config, "max_position_embeddings", None), config.is_encoder_decoder
         self.rows = Rows(data, recipe.seed)
         if self.pairs and self.rows.texts.keys() & {"valid"} and {"train", "valid"} & {n for s, _ in recipe.stages for n in STAGES[s].given}: raise ValueError("an encoder-decoder trains on pairs of texts: pass data sets of input_ids and labels as data")
         if recipe.target["retained_accuracy"] and not ("test" in self.rows.sets or self.rows.texts and not self.pairs): raise ValueError("target: retained_accuracy needs test rows: pass them as data's test")
 
+    def alone(self, work):
+        "What only the first process does, while the others wait."
+        if self.main: work()
+        processes().wait_for_everyone()
+
     def _source(self, model) -> str:
         "Where the original's files are; a model in memory is written."
         if isinstance(model, (str, Path)): return model_path(model)
         folder = self.out/"original"
-        if not folder.exists(): save(model, folder)
+        self.alone(lambda: folder.exists() or save(model, folder))
         return str(folder)
 
     def place(self, i:int) -> Path: return self.out/"stages"/f"{i}-{self.recipe.stages[i - 1][0] if i else 'original'}"
@@ -672,11 +735,11 @@ class _Runner:
         if others or (found and found["key"] != key): raise ValueError(f"{self.out} holds another run from stage {i} ({self.recipe.stages[i - 1][0] if i else 'the original model or its rows'}) on: choose another folder, or remove {(others or [mine])[0]} and the stages after it")
         return found
 
-# %% ../nbs/80_recipe.ipynb #c35cc21b
+# %% ../nbs/80_recipe.ipynb #ace76f22
 def _first_key(self) -> str:
     "What the run begins with, as a hash."
-    r = self.recipe
-    return _digest([sha256(f) for f in weight_files(self.source)] if Path(self.source).exists() else self.source, self.rows.key(), r.storage["dtype"], r.storage["entropy"], r.seed)
+    r = self.recipe; files = lambda m: [sha256(f) for f in weight_files(m)] if Path(m).exists() else m
+    return _digest(files(self.source) if r.teacher is None else [files(self.source), files(self.teacher)], self.rows.key(), r.storage["dtype"], r.storage["entropy"], r.seed)
 
 def _keys(self) -> list[str]:
     "A hash for the original and for each stage of everything up to it."
@@ -694,35 +757,43 @@ def _row(self, i, name, folder, seconds) -> Row:
 
 _Runner.first_key, _Runner.keys, _Runner.valid, _Runner.row = _first_key, _keys, _valid, _row
 
-# %% ../nbs/80_recipe.ipynb #1a7248ea
+# %% ../nbs/80_recipe.ipynb #54193bba
 def _given(self, i, before:Path) -> dict: # Name -> a function that makes it
     "What stage i may ask for."
     tokenizer = find_tokenizer(str(before)); floats = lambda folder: nn.Module.float(load(folder)).to(self.device)
-    return dict(model=lambda: floats(before), teacher=lambda: floats(self.source), tokenizer=lambda: tokenizer, checkpoint=lambda: self.place(i)/"checkpoint",
+    return dict(model=lambda: floats(before), teacher=lambda: floats(self.teacher), tokenizer=lambda: tokenizer, checkpoint=lambda: self.place(i)/"checkpoint",
                 trackers=lambda: self.recipe.logging["trackers"], progress=lambda: self.progress,
-                **{p: (lambda p=p: self.rows.get(p, tokenizer, self.context)) for p in ("calibration", "train", "valid")})
+                **{p: (lambda p=p: self.rows.get(p, tokenizer, self.context)) for p in ("calibration", "train", "tuning", "valid")})
 
 def _stage(self, i, before:Path, key:str) -> dict:
     "Run one stage, write its result, measure it."
-    name, settings = self.recipe.stages[i - 1]; about, given, place = STAGES[name], _given(self, i, before), self.place(i)
-    begun = json.loads((place/"begun.json").read_text()) if (place/"begun.json").exists() else None
-    if begun and begun["key"] != key: shutil.rmtree(place)                                # half a stage of other settings
-    _write(place/"begun.json", dict(key=key))
-    for left in place.glob(".model.*"): shutil.rmtree(left, ignore_errors=True)           # of a kill while saving
+    name, settings = self.recipe.stages[i - 1]; about, given = STAGES[name], _given(self, i, before)
+    self.alone(lambda: _begin(self.place(i), key))
     set_seed(self.recipe.seed); start = time.time()
     settings = {**settings, **({"seed": self.recipe.seed} if "seed" in settings and settings["seed"] == about.settings["seed"] else {})}
-    found = about.function(**{n: given[n]() for n in about.given}, **settings)
+    found = about.function(**{n: given[n]() for n in about.given}, **settings) if about.trains or self.main else None
+    self.alone(lambda: _keep(self, i, found, given["tokenizer"](), key, start))
+    return json.loads((self.place(i)/"stage.json").read_text())
+
+def _begin(place, key):
+    "A folder without what another recipe, or a kill while saving, left in it."
+    begun = json.loads((place/"begun.json").read_text()) if (place/"begun.json").exists() else None
+    if begun and begun["key"] != key: shutil.rmtree(place)
+    _write(place/"begun.json", dict(key=key))
+    for left in place.glob(".model.*"): shutil.rmtree(left, ignore_errors=True)
+
+def _keep(self, i, found, tokenizer, key, start):
+    "Write a stage's result, measure it, and say that it is finished."
+    name, place = self.recipe.stages[i - 1][0], self.place(i)
     model, notes = found if isinstance(found, tuple) else (found, {})
     if not isinstance(model, nn.Module) or not hasattr(model, "config"): raise TypeError(f"stage '{name}' returned a {type(model).__name__}: return the model, or the model and a dict of notes")
-    dtype = self.dtype()
-    tokenizer = notes.pop("tokenizer", None) or given["tokenizer"]()
+    dtype, tokenizer = self.dtype(), notes.pop("tokenizer", None) or tokenizer
     model.config._name_or_path = ""                                                      # not the folder of a stage before
     save(cast_floats(model, dtype), place/"model", tokenizer, self.recipe.storage["entropy"])
     row = _row(self, i, name, place/"model", time.time() - start)
     _write(place/"stage.json", dict(key=key, row=asdict(row), notes=notes))
     if (place/"checkpoint"/"compresslab").exists() and not (place/"compresslab").exists(): (place/"checkpoint"/"compresslab").rename(place/"compresslab")      # a tracker's logs
     shutil.rmtree(place/"checkpoint", ignore_errors=True)
-    return json.loads((place/"stage.json").read_text())
 
 def _dtype(self) -> torch.dtype:
     "What floats are stored in: that of the original's file, unless the recipe says otherwise."
@@ -732,8 +803,8 @@ def _dtype(self) -> torch.dtype:
 
 _Runner.stage, _Runner.dtype = _stage, _dtype
 
-# %% ../nbs/80_recipe.ipynb #b3f16850
-def _finish(self, rows) -> dict:
+# %% ../nbs/80_recipe.ipynb #0f6c9a88
+def _finish(self, rows):
     "The final model's folder, and the summary."
     last, final = self.place(len(self.recipe.stages)), self.out/"model"
     if (last/"model").exists():
@@ -741,8 +812,7 @@ def _finish(self, rows) -> dict:
         shutil.rmtree(final, ignore_errors=True); new.rename(final)
     if self.recipe.storage["keep"] == "final":
         for i in range(1, len(rows)): shutil.rmtree(self.place(i)/"model", ignore_errors=True)
-    summary = _summary(self, rows, final); _write(self.out/"summary.json", summary)
-    return summary
+    _write(self.out/"summary.json", _summary(self, rows, final))
 
 def _summary(self, rows, final) -> dict:
     "What came out, in measured numbers: bytes of every stage, test scores of the first and the last, targets."
@@ -766,21 +836,24 @@ def _go(self) -> Run:
     if self.out.exists() and any(p for p in self.out.iterdir() if p.name not in ("original",)) and not check.exists(): raise FileExistsError(f"{self.out} holds something else: choose a folder of its own")
     keys, stages, rows, before = self.keys(), self.recipe.stages, [], Path(self.source)
     found = [self.done(i, k) for i, k in enumerate(keys)]                                # another run's folder is refused before anything is written
-    if found[0] is None:
-        found[0] = dict(key=keys[0], row=asdict(_row(self, 0, "original", self.source, None)), notes={}); _write(self.place(0)/"stage.json", found[0])
-    _write(self.out/"recipe.json", vars(self.recipe))
+    def begin():
+        if found[0] is None: _write(self.place(0)/"stage.json", dict(key=keys[0], row=asdict(_row(self, 0, "original", self.source, None)), notes={}))
+        _write(self.out/"recipe.json", vars(self.recipe))
+    self.alone(begin)
+    found[0] = json.loads((self.place(0)/"stage.json").read_text())
     ledger = Ledger()
     with tqdm(total=len(stages), desc="recipe", disable=not self.progress) as bar:
         for i, (name, _) in enumerate(stages, 1):
             bar.set_description(f"recipe {i}/{len(stages)} {name}")
             if found[i] is None: found[i] = self.stage(i, before, keys[i])
             before = self.place(i)/"model"; bar.update()
-            ledger.rows = [Row(**f["row"]) for f in found[:i + 1]]; ledger.save(self.out/"ledger.json")
-    return Run(self.out, ledger, _finish(self, found))
+            ledger.rows = [Row(**f["row"]) for f in found[:i + 1]]; self.alone(lambda: ledger.save(self.out/"ledger.json"))
+    self.alone(lambda: _finish(self, found))
+    return Run(self.out, ledger, json.loads((self.out/"summary.json").read_text()))
 
 _Runner.go = _go
 
-# %% ../nbs/80_recipe.ipynb #83de9b76
+# %% ../nbs/80_recipe.ipynb #944d067d
 class Plan(list):
     "A dict a stage: stage, settings, given, bytes (None where only the run will tell), bound (whether it may be less)."
     def __str__(self):
@@ -827,7 +900,7 @@ def _run(self,
     runner = _Runner(self, model, data, out or ".", device, progress)
     plan = runner.plan()
     if not dry_run: return runner.go()
-    print(plan)
+    if runner.main: print(plan)
     return plan
 
 Recipe.run = _run

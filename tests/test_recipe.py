@@ -263,3 +263,35 @@ def test_the_plan_is_printed_and_nothing_is_written(pylm, corpus, tmp_path):
     assert done.returncode == 0 and "quant.gptq" in done.stdout and "predicted bytes" in done.stdout and not (tmp_path/"a").exists(), done.stderr
     bad = subprocess.run([str(Path(sys.executable).with_name("compresslab")), "run", str(tmp_path/"no.yaml"), "--model", str(pylm), "--out", str(tmp_path/"a")], env=ENV, capture_output=True, text=True)
     assert bad.returncode == 1 and bad.stderr.startswith("error: ") and len(bad.stderr.splitlines()) == 1
+
+
+TWO = """
+data: {{text: {text}, length: 64, samples: 4, valid_tokens: 500, test_tokens: 500}}
+target: {{ratio: 1.5}}
+logging: {{progress: false}}
+stages:
+  - lowrank.embedding: {{rank: 12, method: weighted}}
+  - distillation.kd: {{tokens: 4000, batch_size: 2, written: 300}}
+  - finetune: {{tokens: 2000, batch_size: 2, patience: 1, evaluate_every: 4}}
+  - quant.rtn: {{bits: 8, embeddings: true}}
+"""
+
+
+def test_two_processes_of_which_only_one_writes(tiny, corpus, tmp_path):
+    """`accelerate launch`: training is shared, everything else happens once; a kill is survived there too."""
+    recipe = tmp_path/"recipe.yaml"; recipe.write_text(TWO.format(text=corpus))
+    def launch(out, processes): return subprocess.Popen([str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "compresslab.cli",
+        "run", str(recipe), "--model", str(tiny), "--out", str(out)], env=dict(ENV, ACCELERATE_USE_CPU="true"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)      # the launcher of several devices, on CPUs
+    cut = launch(tmp_path/"cut", 2)
+    while cut.poll() is None and not (tmp_path/"cut"/"stages"/"2-distillation.kd"/"begun.json").exists(): time.sleep(.01)
+    os.killpg(cut.pid, signal.SIGKILL); cut.communicate()
+    files = {}
+    for name in ("cut", "whole"):
+        process = launch(tmp_path/name, 2); said, err = process.communicate(timeout=400)
+        assert process.returncode == 0, err[-3000:]
+        assert said.count("saved to") == 1, said                                # one of two speaks
+        files[name] = (tmp_path/name/"model"/"model.safetensors").read_bytes()
+    assert files["cut"] == files["whole"]
+    summary = json.loads((tmp_path/"whole"/"summary.json").read_text())
+    assert summary["stages"][1]["notes"]["steps"] == round(4000/(2*2*64))       # the rows of both count
+    assert summary["targets"][0]["met"] and not [*(tmp_path/"whole"/"stages").glob("*/.*")]
