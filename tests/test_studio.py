@@ -87,6 +87,10 @@ def test_page_runs_and_sliders_change_the_ratio(tab, pylm):
         assert float(number(tab, "ratio").rstrip("×")) > 1.3*ratio and float(number(tab, "memory")[:-1]) < float(share[:-1]) and number(tab, "parachute") != "off"
         tab.screenshot(path=out/"studio.png", full_page=True)
 
+        small = float(number(tab, "memory")[:-1])
+        set_slider(tab, "level2", 0); set_slider(tab, "residuals", .5); run(tab)
+        assert float(number(tab, "memory")[:-1]) > small and float(number(tab, "ratio").rstrip("×")) < ratio, "residuals take bytes and are entries"
+
         before = tab.inner_html("#right")
         tab.locator("#layer input").click(); tab.get_by_role("option", name="5").click()
         tab.wait_for_function("h => document.querySelector('#right').innerHTML !== h", arg=before, timeout=10_000)

@@ -64,7 +64,7 @@ class Pair:
             if isinstance(m, RecursiveAttention): m.plan = replace(m.plan, recent=2**30)
         return cls(whole.eval(), compressed.eval(), tokenizer or find_tokenizer(path), Path(path).name or type(model).__name__)
 
-# %% ../../nbs/recursive/62_studio.ipynb #798ce714
+# %% ../../nbs/recursive/62_studio.ipynb #cb466e5f
 @dataclass(frozen=True)
 class Setting:
     "A run in the studio."
@@ -72,6 +72,7 @@ class Setting:
     adaptive:float=0. # Merge about this share instead, whatever the similarities; 0: use the threshold
     recent:int=32 # Last tokens that stay as they are
     level2:float=0. # Merge old clusters again at this similarity; 0: never
+    residuals:float=0. # Share of the numbers of a merged token that its residual keeps, in 4 bits each; 0: none
     parachute:bool=False # Loosen thresholds when quality falls
     tolerance:float=.05 # Nats per token that the parachute lets pass
     max_new_tokens:int=96
@@ -79,7 +80,7 @@ class Setting:
     seed:int=0 # Of the draw
 
     def __post_init__(self):
-        for name, low, high in (("threshold", 0, 1), ("adaptive", 0, 1), ("level2", 0, 1), ("recent", 0, None), ("tolerance", 0, None), ("max_new_tokens", 0, None), ("temperature", 0, None)):
+        for name, low, high in (("threshold", 0, 1), ("adaptive", 0, 1), ("level2", 0, 1), ("residuals", 0, 1), ("recent", 0, None), ("tolerance", 0, None), ("max_new_tokens", 0, None), ("temperature", 0, None)):
             value = getattr(self, name)
             if not (value >= low and (high is None or value <= high)): raise ValueError(f"{name}={value} is out of range: use {low} " + ("or more" if high is None else f"to {high}"))
 
@@ -87,12 +88,13 @@ class Setting:
     def of(cls, model, **changes) -> "Setting":
         "As the first layer of a model with clusters is set."
         p = next(iter(recursive_modules(model).values())).plan
-        return cls(**dict(threshold=p.similarity_threshold, adaptive=0. if p.percentile is None else 1 - p.percentile, recent=p.recent, level2=p.level2_threshold or 0.) | changes)
+        return cls(**dict(threshold=p.similarity_threshold, adaptive=0. if p.percentile is None else 1 - p.percentile, recent=p.recent, level2=p.level2_threshold or 0., residuals=1 - p.residual_sparsity if p.residual_bits else 0.) | changes)
 
     def plans(self, plans:list) -> list: # Of `LayerPlan`s
         "Each layer's plan under this setting."
         def moved(p): return min(max(p.similarity_threshold + self.threshold - plans[0].similarity_threshold, -1), 1)
-        return [replace(p, similarity_threshold=moved(p), percentile=1 - self.adaptive if self.adaptive else None, recent=self.recent, level2_threshold=self.level2 or None) for p in plans]
+        return [replace(p, similarity_threshold=moved(p), percentile=1 - self.adaptive if self.adaptive else None, recent=self.recent, level2_threshold=self.level2 or None,
+                        residual_bits=(p.residual_bits or 4) if self.residuals else 0, residual_sparsity=1 - self.residuals if self.residuals else p.residual_sparsity) for p in plans]
 
 # %% ../../nbs/recursive/62_studio.ipynb #93fa4a61
 def added_text(
@@ -128,7 +130,7 @@ class Side:
         p = (self.last/temperature).softmax(-1).double().cumsum(-1)
         return min(int((p < u*p[-1]).sum()), len(p) - 1)
 
-# %% ../../nbs/recursive/62_studio.ipynb #a0f19011
+# %% ../../nbs/recursive/62_studio.ipynb #926fb12b
 def layer_news(
     layer:ClusteredLayer,
     index:int,
@@ -136,7 +138,7 @@ def layer_news(
 ) -> dict:
     "Numbers of one layer, and [cluster, similarity, threshold] of each newly settled token."
     decided, joined, tau = layer.tally.tolist()
-    kept = layer.clusters + layer.recent["keys"].shape[2]
+    kept = layer.clusters + layer.apart + layer.recent["keys"].shape[2]
     settled = [[int(c), round(s, 4), round(t, 4)] for h in layer.history[told:] for c, s, t in zip(*(h[k][0].tolist() for k in ("name", "similarity", "tau")))]
     return dict(layer=index, threshold=tau/decided if decided else None, joined=joined/max(decided, 1), entries=int(kept), tokens=layer.columns, ratio=layer.columns/max(kept, 1), settled=settled)
 
@@ -394,7 +396,7 @@ def frames(pair, prompt, setting, layer, every:float=.15): # every: seconds betw
             shown = time.perf_counter()
     yield events, frame(events, layer)
 
-# %% ../../nbs/recursive/62_studio.ipynb #1a65429e
+# %% ../../nbs/recursive/62_studio.ipynb #1e6a83be
 def controls(gr, pair:Pair) -> dict: # Name -> component
     "The left column: model, prompt, sliders."
     s, c = Setting.of(pair.compressed), {}
@@ -407,7 +409,8 @@ def controls(gr, pair:Pair) -> dict: # Name -> component
         ("threshold", 0, 1, .01, "Threshold", "How alike tokens must be to share an entry. Lower: less memory, more risk."),
         ("adaptive", 0, .95, .05, "Adaptive threshold", "Set it so that about this share of tokens merges. 0: off."),
         ("recent", 0, 256, 8, "Kept whole", "The last tokens, which are never merged. More: safer, less saved."),
-        ("level2", 0, 1, .01, "Merge again", "Old clusters merge with each other if they are this alike. 0: never.")):
+        ("level2", 0, 1, .01, "Merge again", "Old clusters merge with each other if they are this alike. 0: never."),
+        ("residuals", 0, 1, .05, "Residuals", "Merged tokens keep this share of what their entry does not say, in 4 bits a number. 0: nothing.")):
         c[name] = gr.Slider(least, most, getattr(s, name), step=step, label=label, info=info, elem_id=name)
     c["parachute"] = gr.Checkbox(False, label="Parachute", info="Raise all thresholds by itself when the text gets worse.", elem_id="parachute")
     c["tolerance"] = gr.Slider(0, 1, s.tolerance, step=.01, label="The parachute's tolerance", info="Nats of surprise per token that it lets pass.", elem_id="tolerance")
@@ -434,8 +437,8 @@ def views(gr, pair:Pair) -> dict: # Name -> component
             v["layer"] = gr.Dropdown(layers, value=layers[0], label="Layer whose clusters color the text", elem_id="layer")
     return v
 
-# %% ../../nbs/recursive/62_studio.ipynb #23208eae
-SETTINGS, DRAWN = ("threshold", "adaptive", "recent", "level2", "parachute", "tolerance", "max_new_tokens", "temperature", "seed"), ("numbers", "left", "right", "memory", "layers")
+# %% ../../nbs/recursive/62_studio.ipynb #a53bf55c
+SETTINGS, DRAWN = ("threshold", "adaptive", "recent", "level2", "residuals", "parachute", "tolerance", "max_new_tokens", "temperature", "seed"), ("numbers", "left", "right", "memory", "layers")
 
 def page(
     pair:Pair,
@@ -454,15 +457,15 @@ def page(
         def open_model(name):
             held["pair"] = new = on_page(gr, Pair.open, name.strip(), None, device)
             s, layers = Setting.of(new.compressed), [m.layer_idx for m in recursive_modules(new.compressed).values()]
-            return [s.threshold, s.adaptive, s.recent, s.level2, gr.update(choices=layers, value=layers[0]), [], WAITING] + [""]*4 + [gr.update(interactive=False)]*2
+            return [s.threshold, s.adaptive, s.recent, s.level2, s.residuals, gr.update(choices=layers, value=layers[0]), [], WAITING] + [""]*4 + [gr.update(interactive=False)]*2
         def run(prompt, layer, *values):
-            steps = on_page(gr, lambda: frames(held["pair"], prompt, Setting(**dict(zip(SETTINGS, values)) | dict(recent=int(values[2]), max_new_tokens=int(values[6]), seed=int(values[8]))), layer))
+            steps = on_page(gr, lambda: frames(held["pair"], prompt, Setting(**dict(zip(SETTINGS, values)) | dict(recent=int(values[2]), max_new_tokens=int(values[7]), seed=int(values[9]))), layer))
             while (step := on_page(gr, next, steps, None)) is not None: yield [step[0], *step[1], *[gr.update(interactive=False)]*2]
         def save(events, layer): return [gr.update(value=str(f), interactive=True) for f in export_run(events, tempfile.mkdtemp(), int(layer))] if len(events) > 1 else [gr.update(interactive=False)]*2
         def color(events, layer): return text_panel(events, layer=int(layer)) if len(events) > 1 else ""
 
         one = dict(concurrency_id="model", concurrency_limit=1, api_visibility="private", show_progress="hidden")
-        c["load"].click(open_model, c["model"], [c[n] for n in SETTINGS[:4]] + [v["layer"], events, *drawn, *saved], **one | dict(show_progress="minimal"))
+        c["load"].click(open_model, c["model"], [c[n] for n in SETTINGS[:5]] + [v["layer"], events, *drawn, *saved], **one | dict(show_progress="minimal"))
         started = gr.on([v["run"].click, c["prompt"].submit], run, [c["prompt"], v["layer"], *(c[n] for n in SETTINGS)], [events, *drawn, *saved], **one)
         for done in (started.success, v["stop"].click(None, cancels=started).then): done(save, [events, v["layer"]], saved, show_progress="hidden", api_visibility="private")
         v["layer"].change(color, [events, v["layer"]], v["right"], show_progress="hidden", api_visibility="private")

@@ -24,7 +24,7 @@ from transformers import DynamicCache, LogitsProcessor
 from .layer import ClusteredLayer, RecursiveCompression, recursive_modules
 from ..train import History, fit
 
-# %% ../../nbs/recursive/61b_training.ipynb #15c19caa
+# %% ../../nbs/recursive/61b_training.ipynb #0623f640
 @contextmanager
 def watch(model):
     "Inside, the `ClusteredLayer`s that forward passes use are collected: {index of the layer: list}."
@@ -37,13 +37,14 @@ def watch(model):
 def layer_metrics(
     layers:dict[int, ClusteredLayer], # Index -> layer, of a cache or of `watch`
 ) -> dict: # Numbers
-    "Tokens per entry, and of each layer: clusters in a row, mean threshold, share of tokens that joined."
+    "Tokens per entry, and of each layer: clusters in a row, mean threshold, share of tokens that joined, and members with residuals where these are kept."
     out, kept, tokens = {}, 0, 0
     for i, l in layers.items():
         recent = l.recent["keys"].shape[2]
         decided, joined, tau = l.tally.tolist()
         out |= {f"clusters_{i}": l.clusters, f"threshold_{i}": tau/max(decided, 1), f"joined_{i}": joined/max(decided, 1)}
-        kept, tokens = kept + l.clusters + recent, tokens + l.columns
+        if l.plan.residual_bits: out[f"residuals_{i}"] = l.apart
+        kept, tokens = kept + l.clusters + l.apart + recent, tokens + l.columns
     return dict(ratio=tokens/max(kept, 1), **out)
 
 @contextmanager
