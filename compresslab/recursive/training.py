@@ -8,9 +8,9 @@ Docs: https://compresslab.github.io/compresslab/recursive/training.html.md"""
 __all__ = ['watch', 'layer_metrics', 'uncompressed', 'recursive_loss', 'Parachute', 'SurprisalParachute', 'weigh',
            'cache_metrics', 'finetune', 'write_metrics']
 
-# %% ../../nbs/recursive/61b_training.ipynb #6b759311
-import json, math
-from contextlib import ExitStack, contextmanager
+# %% ../../nbs/recursive/61b_training.ipynb #d8095792
+import copy, json, math
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import DynamicCache, LogitsProcessor
 
-from .layer import ClusteredLayer, RecursiveCompression, recursive_modules
-from ..train import History, fit
+from .layer import ClusteredLayer, RecursiveAttention, RecursiveCompression, recursive_modules
+from ..train import History, fit, scored
 
 # %% ../../nbs/recursive/61b_training.ipynb #0623f640
 @contextmanager
@@ -57,23 +57,29 @@ def uncompressed(model):
     finally:
         for m, p in zip(modules, plans): m.plan = p
 
-# %% ../../nbs/recursive/61b_training.ipynb #ccf85bf8
+# %% ../../nbs/recursive/61b_training.ipynb #7dff1f9d
 def recursive_loss(
     contrastive_weight:float=.1, # λ
     reference:bool=False, # Log the loss without compression as well
+    teacher=None, # The model without compression: learn what it says, not the next token
 ): # loss(model, batch), as `train.fit` wants it
     "Cross entropy of the next token under compression, and the contrast of clusters."
     def loss(model, batch):
         core = extract_model_from_parallel(model)
-        with watch(core) as seen: nll = model(**batch, use_cache=False).loss
+        with watch(core) as seen: out = model(**batch, use_cache=False)
+        nll = main = out.loss
         layers = {i: l[0] for i, l in seen.items()}
         joined = sum(l.tally[1].item() for l in layers.values())
         contrast = sum(c for l in layers.values() for c in l.contrast)/max(joined, 1) if joined and torch.is_grad_enabled() else nll*0
         said = dict(nll=nll.item(), contrastive=float(contrast.detach()), **layer_metrics(layers))
         if reference:
             with torch.no_grad(), uncompressed(core): said["reference"] = model(**batch, use_cache=False).loss.item()
-        return nll + contrastive_weight*contrast, said
-    loss.settings = dict(kind="recursive", contrastive_weight=contrastive_weight)
+        if teacher is not None:
+            inputs, keep, _ = scored(batch, False)
+            with torch.no_grad(): p = teacher(**inputs, use_cache=False).logits[keep].float().log_softmax(-1)
+            main = F.kl_div(out.logits[keep].float().log_softmax(-1), p, log_target=True, reduction="none").sum(-1).mean(); said["divergence"] = main.item()
+        return main + contrastive_weight*contrast, said
+    loss.settings = dict(kind="recursive", contrastive_weight=contrastive_weight, distil=teacher is not None)
     return loss
 
 # %% ../../nbs/recursive/61b_training.ipynb #4b600e6d
@@ -147,7 +153,7 @@ def cache_metrics(cache) -> dict: # kv_bytes, full_bytes, and the metrics of lay
     clustered = {i: l for i, l in enumerate(cache.layers) if isinstance(l, ClusteredLayer)}
     return dict(kv_bytes=held, full_bytes=full, **(layer_metrics(clustered) if clustered else {}))
 
-# %% ../../nbs/recursive/61b_training.ipynb #3df7f5c8
+# %% ../../nbs/recursive/61b_training.ipynb #9dbafd0f
 def finetune(
     model, # A causal transformers model; changed in place
     data, # `data.Blocks`
@@ -155,15 +161,22 @@ def finetune(
     contrastive_weight:float=.1, # Of the loss that separates clusters
     freeze_base:bool=False, # Train the thresholds' corrections alone
     parachute:Parachute|None=None, # Compares with the loss without compression, which costs a second forward pass
+    distil:bool=True, # Learn what a copy of the model says without clusters; False: the next token
+    attention_only:bool=False, # Train no more than the layers' attention and the thresholds' corrections
     **options, # Of `train.fit`: epochs, batch_size, lr, …
 ) -> History: # A dict a step
     "Compress a model's cache and train the model to read it."
-    setting.apply(model)
+    if freeze_base and attention_only: raise ValueError("freeze_base and attention_only exclude each other")
     if freeze_base and not setting.modulator: raise ValueError("freeze_base leaves nothing to train without modulator=True")
+    teacher = copy.deepcopy(model).requires_grad_(False).eval() if distil else None
+    if distil and any(isinstance(m, RecursiveAttention) for m in model.modules()):                                   # compressed before: the teacher merges nothing
+        for m in recursive_modules(teacher).values(): m.plan = replace(m.plan, recent=2**30)
+    setting.apply(model)
     learned = {id(p) for m in recursive_modules(model).values() if m.modulator is not None for p in m.modulator.parameters()}
-    frozen = [p for p in model.parameters() if freeze_base and p.requires_grad and id(p) not in learned]
+    if attention_only: learned |= {id(p) for m in recursive_modules(model).values() for p in m.parameters()}
+    frozen = [p for p in model.parameters() if (freeze_base or attention_only) and p.requires_grad and id(p) not in learned]
     for p in frozen: p.requires_grad_(False)
-    try: return fit(model, data, loss=recursive_loss(contrastive_weight, reference=parachute is not None), on_step=parachute, **options)
+    try: return fit(model, data, loss=recursive_loss(contrastive_weight, parachute is not None, teacher), on_step=parachute, **options)
     finally:
         for p in frozen: p.requires_grad_(True)
 
@@ -173,7 +186,7 @@ def write_metrics(history:History, folder) -> Path: # Of metrics.json
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     (folder/"metrics.json").write_text(json.dumps(list(history), indent=1))
     fig, axes = plt.subplots(1, 4, figsize=(12, 2.6), layout="constrained")
-    for ax, title, keys in zip(axes, ("loss, nats", "tokens per entry", "clusters of each layer", "thresholds"), (("nll", "reference", "contrastive"), ("ratio",), "clusters_", "threshold_")):
+    for ax, title, keys in zip(axes, ("loss, nats", "tokens per entry", "clusters of each layer", "thresholds"), (("nll", "reference", "divergence", "contrastive"), ("ratio",), "clusters_", "threshold_")):
         keys = keys if isinstance(keys, tuple) else [k for k in history[0] if k.startswith(keys)]
         for k in keys:
             if k in history[0]: ax.plot([h[k] for h in history], label=k.replace("_", " "))
