@@ -15,7 +15,7 @@ from math import comb
 import numpy as np
 import torch
 
-# %% ../nbs/03b_coding.ipynb #c2b7de44
+# %% ../nbs/03b_coding.ipynb #21e36b3c
 def _libraries():
     try: import constriction, zstandard
     except ImportError: raise ImportError("entropy coding needs the packages zstandard and constriction: pip install 'compresslab[entropy]'") from None
@@ -32,18 +32,32 @@ def _unfixed(data, levels, n):
     bits = np.unpackbits(np.frombuffer(data, np.uint8), count=n*width, bitorder="little").reshape(n, width)
     return (bits << np.arange(width, dtype=np.uint8)).sum(1, dtype=np.uint8)
 
-def _model(counts): return _libraries()[0].model.Categorical(counts/counts.sum(), perfect=False)
+# %% ../nbs/03b_coding.ipynb #f2ef6739
+class _Counts:
+    "How often each symbol came so far, the recent ones more: what the next block is coded by."
+    def __init__(self, levels): self.counts = np.ones(levels, np.int64)      # whole numbers: the same on every machine, to the last bit
+    def model(self): return _libraries()[0].model.Categorical(self.counts/self.counts.sum(), perfect=False)
+    def see(self, symbols):
+        self.counts += 16*np.bincount(symbols, minlength=len(self.counts))
+        if self.counts.sum() > 16*32*max(32, len(self.counts)): self.counts = (self.counts >> 1) + 1
+
+def _blocks(n): # The first ones short, where each teaches much
+    edges = [0]
+    while edges[-1] < n: edges.append(min(n, edges[-1] + min(max(16, edges[-1]//16), max(64, n >> 12))))
+    return [*zip(edges, edges[1:])]
 
 def _ans(symbols, levels):
-    counts = np.bincount(symbols, minlength=levels).astype(np.uint32)
-    coder = _libraries()[0].stack.AnsCoder()
-    coder.encode_reverse(symbols.astype(np.int32), _model(counts.astype(np.float64)))
-    return counts.tobytes() + coder.get_compressed().tobytes()
+    coder, counts, models = _libraries()[0].stack.AnsCoder(), _Counts(levels), []
+    for a, b in _blocks(len(symbols)): models.append((a, b, counts.model())); counts.see(symbols[a:b])
+    for a, b, model in reversed(models): coder.encode_reverse(symbols[a:b].astype(np.int32), model)     # what is pushed last comes back first
+    return coder.get_compressed().tobytes()
 
 def _unans(data, levels, n):
-    counts, words = np.frombuffer(data[:4*levels], np.uint32), np.frombuffer(data[4*levels:], np.uint32)
-    return _libraries()[0].stack.AnsCoder(words.copy()).decode(_model(counts.astype(np.float64)), n).astype(np.uint8)
+    coder, counts, out = _libraries()[0].stack.AnsCoder(np.frombuffer(data, np.uint32).copy()), _Counts(levels), np.zeros(n, np.uint8)
+    for a, b in _blocks(n): out[a:b] = coder.decode(counts.model(), b - a); counts.see(out[a:b])
+    return out
 
+# %% ../nbs/03b_coding.ipynb #abdcdc6b
 def pack_stream(
     symbols:np.ndarray, # (n,) uint8, each below `levels`
     levels:int, # 2 to 256
@@ -156,7 +170,7 @@ def decode(
         else: raise ValueError(f"the layout '{layout}' is not known: the file is damaged, or newer than this version")
     return torch.from_numpy(np.array(out)).view(dtype).view(whole)
 
-# %% ../nbs/03b_coding.ipynb #8ccba026
+# %% ../nbs/03b_coding.ipynb #bfc113ac
 def encode_symbols(
     x:torch.Tensor, # (R, C) uint8, each below `levels`; 0 is the frequent one
     levels:int,
@@ -165,14 +179,19 @@ def encode_symbols(
 ) -> bytes|None: # None where no layout is smaller
     "Codes in their smallest layout."
     x = x.cpu().numpy()
-    found = {"bitmap": [((x != 0).ravel().astype(np.uint8), 2), (x[x != 0] - 1, max(2, levels - 1))]}
-    if entropy: found["plain"] = [(x.ravel(), levels)]
-    blobs = [_blob(layout, "uint8", x.shape, None, streams, entropy) for layout, streams in found.items()]
+    found = {"bitmap": (None, [((x != 0).ravel().astype(np.uint8), 2), (x[x != 0] - 1, max(2, levels - 1))])}
+    if entropy: start, used = _arc(x, levels); found["plain"] = [start, levels], [(((x.ravel() - np.int64(start)) % levels).astype(np.uint8), max(2, used))]
+    blobs = [_blob(layout, "uint8", x.shape, extra, streams, entropy) for layout, (extra, streams) in found.items()]
     return min((b for b in blobs if len(b) < smaller_than), key=len, default=None)
+
+def _arc(x, levels): # Where the codes in use begin, going round, and how far they reach
+    used = np.unique(x).astype(np.int64); gaps = np.diff(used, append=used[0] + levels); widest = int(gaps.argmax())
+    return int(used[(widest + 1) % len(used)]), int(levels - gaps[widest] + 1)
 
 def decode_symbols(blob:bytes) -> torch.Tensor: # (R, C) uint8
     "The codes again."
-    layout, _, shape, _, streams = _read(blob)
+    layout, _, shape, extra, streams = _read(blob)
     out = streams[0].reshape(shape).copy()
     if layout == "bitmap": out[out != 0] = streams[1] + 1
+    else: out = ((out + np.int64(extra[0])) % extra[1]).astype(np.uint8)
     return torch.from_numpy(out)
