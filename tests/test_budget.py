@@ -43,7 +43,7 @@ def built(twin, found):
         for names in vocabulary_groups(model).values():
             rows, cols = matrix(model.get_submodule(names[0])).shape; r = settings["lowrank.embedding"]["rank"]
             put_factors(model, names, torch.randn(rows, r), torch.randn(r, cols))
-    if "quant.qat" in settings: model = convert(prepare_qat(model, **{k: v for k, v in settings["quant.qat"].items() if k != "tokens"}))
+    if "quant.qat" in settings: model = convert(prepare_qat(model, **{k: v for k, v in settings["quant.qat"].items() if k not in ("tokens", "hard", "optimizer", "lr", "batch_size")}))
     else: rtn(model, progress=False, **settings["quant.gptq"])
     return model.to(torch.bfloat16)
 
@@ -62,7 +62,7 @@ def test_presets_leave_the_file_that_was_predicted(family, ratio, width, layers,
 def test_a_real_model_reaches_what_was_planned(pylm, tmp_path):
     found = plan(pylm, 100, tokens=2000)
     run = found.recipe(data=dict(text="python-stdlib", length=64, train_tokens=4000, valid_tokens=500, test_tokens=500), logging=dict(progress=False)).run(out=tmp_path/"run", device="cpu", progress=False)
-    assert abs(found.predicted/run.summary["final_bytes"] - 1) < .02 and run.summary["bytes_ratio"] >= 100 and run.summary["targets"][0]["met"]
+    assert 1 <= found.predicted/run.summary["final_bytes"] < 1.04 and run.summary["bytes_ratio"] >= 100 and run.summary["targets"][0]["met"]
 
 
 def test_the_command(tiny, tmp_path):
