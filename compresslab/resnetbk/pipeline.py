@@ -9,8 +9,8 @@ __all__ = ['FOUR', 'CODED', 'THINNEST', 'MODELS', 'Rows', 'rows_of', 'check_disj
            'shrink_to', 'thin', 'prepared', 'largest_student', 'largest_of_its_kind', 'has_experts',
            'CompressionPipeline']
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #8cb11314
-import copy, json, shutil, time
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #5d5dd42c
+import copy, json, math, shutil, time
 from pathlib import Path
 
 import torch
@@ -249,7 +249,7 @@ class _Frame:
         save(floats, self.folder/"behind"/name)
         return dict(about, parameters=params(floats))
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #1f37a07e
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #af15cabe
 def has_experts(model) -> bool:
     "Whether a model has mixtures of experts."
     try: return bool(mixtures(model))
@@ -267,16 +267,16 @@ class _Stages(_Frame):
         return self._keep("qat", student, training_losses=losses)
 
     def _pruning(self, epochs):
-        if self.keep == 1: epochs = 1                         # nothing goes: one epoch of learning
-        for epoch in range(1, epochs + 1):
+        times = 1 if self.keep == 1 else math.ceil(epochs)    # if nothing goes, learning only
+        for epoch in range(1, times + 1):
             done = self.folder/"behind"/f"pruning-{epoch}.json"
             if done.exists(): continue
             model = load(self.folder/"behind"/("qat" if epoch == 1 else "pruning")).to(self.device)
-            left = self._prune(model, epoch, epochs)
+            left = self._prune(model, epoch, times)
             student = prepared(model, FOUR)
-            losses = self._learn(student, self.model, 1, self.settings["stage_lr"], f"pruning-{epoch}")
+            losses = self._learn(student, self.model, epochs/times, self.settings["stage_lr"], f"pruning-{epoch}")
             about = self._keep("pruning", student, training_losses=losses, left=left); _write(done, about)
-        each = [json.loads((self.folder/"behind"/f"pruning-{e}.json").read_text()) for e in range(1, epochs + 1)]
+        each = [json.loads((self.folder/"behind"/f"pruning-{e}.json").read_text()) for e in range(1, times + 1)]
         kind = "active_experts_history" if has_experts(self.model) else "active_channels_history"
         return dict(training_losses=sum((e["training_losses"] for e in each), []), parameters=each[-1]["parameters"], **{"active_experts_history": [], kind: [e["left"] for e in each]})
 
@@ -312,7 +312,7 @@ class _Stages(_Frame):
         save(pack(student.eval()), self.folder/"final_model", self.tokenizer, entropy=True)
         return dict(training_losses=made["losses"] + losses, parameters=numbers, teacher=best, teacher_params=params(teacher), student_params=numbers, student={**made["shape"], **made["grid"]})
 
-# %% ../../nbs/resnetbk/78_pipeline.ipynb #5ad9413a
+# %% ../../nbs/resnetbk/78_pipeline.ipynb #d23df1bb
 class CompressionPipeline(_Stages):
     "Quantization-aware training, pruning and distillation of a causal language model to a fraction of its bytes."
     def __init__(self,
@@ -343,14 +343,14 @@ class CompressionPipeline(_Stages):
     def run_pipeline(self,
         train_loader, # A DataLoader, or a map-style data set of dicts with `input_ids`
         val_loader, # Held-out rows, disjoint by document; they choose the teacher and are scored after each stage
-        qat_epochs:float=3, pruning_epochs:int=3, distillation_epochs:float=5, # Passes over the training rows
+        qat_epochs:float=3, pruning_epochs:float=3, distillation_epochs:float=5, # Passes over the training rows; pruning goes one step in each of its epochs, begun or whole
         save_dir="compressed", # Everything is written there, and an interrupted run goes on from there
         calibration=None, # Rows for pruning; by default 2% of the training rows, at most 64, which are then not trained on
         start_from=None, # The folder of a run with the same model, rows and settings for another target: its first two stages serve here too
         progress:bool=True,
     ): # The final model, loaded from its file, and a dict of metrics
         "Run the stages, or what is left of them."
-        if pruning_epochs != int(pruning_epochs) or min(qat_epochs, pruning_epochs, distillation_epochs) <= 0: raise ValueError(f"qat_epochs={qat_epochs}, pruning_epochs={pruning_epochs}, distillation_epochs={distillation_epochs} are not supported: all above 0, and whole epochs of pruning")
+        if min(qat_epochs, pruning_epochs, distillation_epochs) <= 0: raise ValueError(f"qat_epochs={qat_epochs}, pruning_epochs={pruning_epochs}, distillation_epochs={distillation_epochs} are not supported: all above 0")
         (train, size), (valid, _) = rows_of(train_loader, "train_loader"), rows_of(val_loader, "val_loader")
         check_disjoint(train, valid)
         held = [] if calibration is not None else range(len(train) - max(1, min(64, len(train)//50)), len(train))
@@ -360,7 +360,7 @@ class CompressionPipeline(_Stages):
         self._claim(dict(self.settings, model=fingerprint(self.model), qat_epochs=qat_epochs, pruning_epochs=pruning_epochs, distillation_epochs=distillation_epochs, batch_size=size, rows=len(self.rows), first_row=self.rows[0]["input_ids"].tolist(), valid=len(valid)), start_from)
         original = self._stage("original", self._original)
         self.budget = int(original["bytes"]/self.target)
-        stages = dict(qat=self._stage("qat", lambda: self._qat(qat_epochs)), pruning=self._stage("pruning", lambda: self._pruning(int(pruning_epochs))), distillation=self._stage("distillation", lambda: self._distillation(distillation_epochs)))
+        stages = dict(qat=self._stage("qat", lambda: self._qat(qat_epochs)), pruning=self._stage("pruning", lambda: self._pruning(pruning_epochs)), distillation=self._stage("distillation", lambda: self._distillation(distillation_epochs)))
         metrics = self._metrics(original, stages)
         _write(self.folder/"metrics.json", metrics); self._draw(original, stages)
         return load(self.folder/"final_model").to(self.device), metrics
