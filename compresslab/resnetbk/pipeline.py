@@ -238,7 +238,7 @@ class _Frame:
 
     def _learn(self, student, teacher, epochs:float, lr:float, name:str, budget:float|None=None) -> list: # The loss of each step
         "Some epochs on the training rows, from a checkpoint if there is one; with a price on bits if their codes have a budget."
-        loss = distil(teacher, self.settings["hard"]) if self.settings["hard"] < 1 else causal_loss
+        loss = distil(teacher, self.settings["hard"]) if teacher is not None and self.settings["hard"] < 1 else causal_loss
         history = fit(student.train(), self.rows, loss=held_to(budget, loss) if budget else loss, epochs=epochs, lr=lr, precision="no", checkpoint=self.folder/"checkpoint"/name, **self.options)
         return [h["loss"] for h in history]
 
@@ -301,16 +301,17 @@ class _Stages(_Frame):
             source = load(behind/"pruning").to(self.device); torch.manual_seed(self.settings["seed"])
             student, shape, grid = largest_student(source, self.budget, scratch) if isinstance(source, ResNetBKForCausalLM) else largest_of_its_kind(source, self.budget, scratch, self.calibration)
             losses = self._learn(student, teacher, self.settings["floating"]*epochs, self.settings["lr"], "student")
-            save(student.eval(), behind/"student"); _write(behind/"student.json", dict(shape=shape, grid=grid, losses=losses))
+            scores = evaluate(student.eval(), self.valid, progress=self.progress)
+            save(student, behind/"student"); _write(behind/"student.json", dict(shape=shape, grid=grid, losses=losses, perplexity=scores.ppl))
         made = json.loads((behind/"student.json").read_text())
         student = load(behind/"student").to(self.device)
         numbers = params(student)
         student, coded = prepared(student, made["grid"]), made["grid"]["grid"] == "coded"
         budget = .99*(self.budget - weigh(student, scratch) + coded_bytes(student)) if coded else None
-        losses = self._learn(student, teacher, (1 - self.settings["floating"])*epochs, self.settings["grid_lr"], "distillation", budget)
+        losses = self._learn(student, None if made["perplexity"] <= found[best] else teacher, (1 - self.settings["floating"])*epochs, self.settings["grid_lr"], "distillation", budget)
         if coded: shrink_to(student, self.budget, scratch)
         save(pack(student.eval()), self.folder/"final_model", self.tokenizer, entropy=True)
-        return dict(training_losses=made["losses"] + losses, parameters=numbers, teacher=best, teacher_params=params(teacher), student_params=numbers, student={**made["shape"], **made["grid"]})
+        return dict(training_losses=made["losses"] + losses, parameters=numbers, teacher=best, floating_perplexity=made["perplexity"], teacher_params=params(teacher), student_params=numbers, student={**made["shape"], **made["grid"]})
 
 # %% ../../nbs/resnetbk/78_pipeline.ipynb #d23df1bb
 class CompressionPipeline(_Stages):
