@@ -1,17 +1,21 @@
-# compresslab: two commands do everything on a fresh machine.
-#   make demo   compress the bundled model and print what came out
-#   make test   the whole test suite
+# compresslab: these commands do everything on a fresh machine.
+#   make demo      compress the bundled model and print what came out
+#   make test      the whole test suite
+#   make reports   every report, into reports/ (hours; goes on where it was stopped)
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test export outputs clean
+.PHONY: demo test reports export outputs clean
 
 demo: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(BIN)/compresslab report quant --profile smoke
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+reports: $(VENV)/.ready
+	HF_HUB_OFFLINE=1 $(BIN)/compresslab reports --profile cpu
 
 # export the notebooks to the package, clean them, and make README.md from nbs/index.ipynb
 export: $(VENV)/.ready

@@ -8,8 +8,8 @@ Docs: https://compresslab.github.io/compresslab/cli.html.md"""
 __all__ = ['app', 'data_app', 'sweep_app', 'recursive_app', 'SweepName', 'Storage', 'Folder', 'Method', 'Activations', 'Mirror',
            'Profile', 'compress', 'quantize_and_save', 'text_to_measure', 'default_device', 'export', 'plan_bytes',
            'run_recipe', 'run_playbook', 'recursive_train', 'recursive_evaluate', 'recursive_generate', 'open_studio',
-           'measure', 'report', 'sweep_create', 'sweep_agent', 'sweep_status', 'sweep_best', 'data_list', 'data_get',
-           'doctor', 'main']
+           'measure', 'report', 'all_reports', 'sweep_create', 'sweep_agent', 'sweep_status', 'sweep_best', 'data_list',
+           'data_get', 'doctor', 'main']
 
 # %% ../nbs/92_cli.ipynb #875bc183
 import json, os, shutil, sys
@@ -329,6 +329,16 @@ def report(
         if not equals: raise ValueError(f"-p {p}: write it as key=value")
         given[key] = yaml.safe_load(value)
     typer.echo("\n" + headline(run_report(name, profile.value, given, again=again)))
+
+@app.command("reports")
+def all_reports(
+    names: Annotated[Optional[list[str]], typer.Argument(metavar="[NAMES]...", help="Some of nbs/reports. [default: all]")] = None,
+    profile: Annotated[Profile, typer.Option(help="How long each may take; see settings.ini.")] = Profile.cpu,
+):
+    "Run the reports, keep what is finished, and write reports/index.html and reports/README.md."
+    from compresslab.gallery import run_all
+    for name, line in (wrong := run_all(profile.value, names or None)).items(): typer.echo(f"{name}: {line}", err=True)
+    if wrong: raise typer.Exit(1)
 
 # %% ../nbs/92_cli.ipynb #8ff48ed1
 SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's file, or the name of one that exists.")]

@@ -11,7 +11,7 @@ FLOORS = [["data", "surgery", "train", "coding", "store", "ledger", "calibration
           ["quant", "pruning", "lowrank", "distillation", "gist", "recursive", "pai"],
           ["resnetbk"],
           ["recipe", "budget", "playbook"],
-          ["report", "sweep_config", "sweep", "cli"]]
+          ["report", "gallery", "sweep_config", "sweep", "cli"]]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = [p for p in sorted((ROOT/"compresslab").rglob("*.py")) if not p.name.startswith("_")]
 NOTEBOOKS = [p for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if not any(x.startswith((".", "_")) for x in p.relative_to(ROOT).parts)]
