@@ -146,13 +146,13 @@ def _fill(teacher, grid, budget, folder) -> dict|None: # A shape for `thin`
     "The thickest body that leaves room for an embedding, and the rank that fills it."
     c = teacher.config
     groups = [g for g in range(c.n_groups, 0, -1) if c.n_layers % g == 0]
-    bodies = [*((g, c.d_ff) for g in groups), *((1, w) for w in (c.d_ff//2, c.d_ff//4, c.d_ff//8) if w)]
+    bodies = [*((g, c.d_ff) for g in groups), *((1, c.d_ff*k//8) for k in (6, 4, 3, 2, 1) if c.d_ff*k//8)]
     shape = lambda body, rank: dict(n_groups=body[0], d_ff=body[1], rank=rank)
     size = lambda body, rank: weigh(prepared(thin(teacher, **shape(body, rank)), grid), folder)
     whole = {body: size(body, None) for body in bodies}
     for body, thinner in zip(bodies, [*bodies[1:], None]):
         if whole[body] <= budget: return shape(body, None)
-        heavy = whole[body] - c.vocab_size*c.d_model*grid["bits"]/8 > .5*budget and thinner and whole[thinner] > budget    # a thinner body that fits whole would leave bytes unused
+        heavy = whole[body] - c.vocab_size*c.d_model*grid["bits"]/8 > .3*budget and thinner and whole[thinner] > budget    # a thinner body that fits whole would leave bytes unused
         low, high = c.d_model//8 if grid is CODED else 1, c.d_model
         if heavy or size(body, low) > budget: continue
         while high - low > 1: low, high = (middle, high) if size(body, middle := (low + high)//2) <= budget else (low, middle) # low fits, high does not
@@ -220,7 +220,7 @@ class _Frame:
     def _take(self, source:Path, differing):
         "The first stages of another run."
         if not (source/"pruning.json").exists(): raise FileNotFoundError(f"start_from: {source} holds no run whose pruning stage is done")
-        if other := differing(source, ("target", "distillation_epochs", "lr", "grid_lr", "floating")): raise ValueError(f"start_from: the run in {source} has another {other}")
+        if other := differing(source, ("target", "distillation_epochs", "lr", "grid_lr", "floating", "student_hard")): raise ValueError(f"start_from: the run in {source} has another {other}")
         new = self.folder.with_name(f".{self.folder.name}.new"); shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(source, new, ignore=shutil.ignore_patterns("final_model", "distillation.json", "student*", "pipeline.json", "metrics.json", "*.png", "checkpoint*"))
         if self.folder.exists(): self.folder.rmdir()
@@ -236,9 +236,9 @@ class _Frame:
             shutil.rmtree(self.folder/"checkpoint", ignore_errors=True)
         return json.loads(file.read_text())
 
-    def _learn(self, student, teacher, epochs:float, lr:float, name:str, budget:float|None=None) -> list: # The loss of each step
+    def _learn(self, student, teacher, hard:float, epochs:float, lr:float, name:str, budget:float|None=None) -> list: # The loss of each step
         "Some epochs on the training rows, from a checkpoint if there is one; with a price on bits if their codes have a budget."
-        loss = distil(teacher, self.settings["hard"]) if teacher is not None and self.settings["hard"] < 1 else causal_loss
+        loss = distil(teacher, hard) if teacher is not None and hard < 1 else causal_loss
         history = fit(student.train(), self.rows, loss=held_to(budget, loss) if budget else loss, epochs=epochs, lr=lr, precision="no", checkpoint=self.folder/"checkpoint"/name, **self.options)
         return [h["loss"] for h in history]
 
@@ -263,7 +263,7 @@ class _Stages(_Frame):
 
     def _qat(self, epochs):
         student = prepared(copy.deepcopy(self.model), FOUR)
-        losses = self._learn(student, self.model, epochs, self.settings["stage_lr"], "qat")
+        losses = self._learn(student, self.model, self.settings["hard"], epochs, self.settings["stage_lr"], "qat")
         return self._keep("qat", student, training_losses=losses)
 
     def _pruning(self, epochs):
@@ -274,7 +274,7 @@ class _Stages(_Frame):
             model = load(self.folder/"behind"/("qat" if epoch == 1 else "pruning")).to(self.device)
             left = self._prune(model, epoch, times)
             student = prepared(model, FOUR)
-            losses = self._learn(student, self.model, epochs/times, self.settings["stage_lr"], f"pruning-{epoch}")
+            losses = self._learn(student, self.model, self.settings["hard"], epochs/times, self.settings["stage_lr"], f"pruning-{epoch}")
             about = self._keep("pruning", student, training_losses=losses, left=left); _write(done, about)
         each = [json.loads((self.folder/"behind"/f"pruning-{e}.json").read_text()) for e in range(1, times + 1)]
         kind = "active_experts_history" if has_experts(self.model) else "active_channels_history"
@@ -300,7 +300,7 @@ class _Stages(_Frame):
         if not (behind/"student.json").exists():              # in floats first: on a coarse grid a student learns slowly from nothing
             source = load(behind/"pruning").to(self.device); torch.manual_seed(self.settings["seed"])
             student, shape, grid = largest_student(source, self.budget, scratch) if isinstance(source, ResNetBKForCausalLM) else largest_of_its_kind(source, self.budget, scratch, self.calibration)
-            losses = self._learn(student, teacher, self.settings["floating"]*epochs, self.settings["lr"], "student")
+            losses = self._learn(student, teacher, self.settings["student_hard"], self.settings["floating"]*epochs, self.settings["lr"], "student")
             scores = evaluate(student.eval(), self.valid, progress=self.progress)
             save(student, behind/"student"); _write(behind/"student.json", dict(shape=shape, grid=grid, losses=losses, perplexity=scores.ppl))
         made = json.loads((behind/"student.json").read_text())
@@ -308,10 +308,10 @@ class _Stages(_Frame):
         numbers = params(student)
         student, coded = prepared(student, made["grid"]), made["grid"]["grid"] == "coded"
         budget = .99*(self.budget - weigh(student, scratch) + coded_bytes(student)) if coded else None
-        losses = self._learn(student, None if made["perplexity"] <= found[best] else teacher, (1 - self.settings["floating"])*epochs, self.settings["grid_lr"], "distillation", budget)
+        losses = self._learn(student, None if made["perplexity"] <= found[best] else teacher, self.settings["student_hard"], (1 - self.settings["floating"])*epochs, self.settings["grid_lr"], "distillation", budget)
         if coded: shrink_to(student, self.budget, scratch)
         save(pack(student.eval()), self.folder/"final_model", self.tokenizer, entropy=True)
-        return dict(training_losses=made["losses"] + losses, parameters=numbers, teacher=best, floating_perplexity=made["perplexity"], teacher_params=params(teacher), student_params=numbers, student={**made["shape"], **made["grid"]})
+        return dict(training_losses=made["losses"] + losses, parameters=numbers, teacher=best if self.settings["student_hard"] < 1 else None, floating_perplexity=made["perplexity"], teacher_params=params(teacher), student_params=numbers, student={**made["shape"], **made["grid"]})
 
 # %% ../../nbs/resnetbk/78_pipeline.ipynb #d23df1bb
 class CompressionPipeline(_Stages):
@@ -321,7 +321,8 @@ class CompressionPipeline(_Stages):
         target_compression:float=100., # Bytes of its float32 weight file over those of the final one
         device=None, # Where to train; by default where the model is
         pruning_keep:float=.5, # Share of the experts, or of the MLP channels, that the pruning stage leaves
-        hard:float=.3, # Weight of the text's own tokens in every loss; the teacher has the rest
+        hard:float=.3, # Weight of the text's own tokens in the losses; the original has the rest
+        student_hard:float|None=None, # In the student's, where the best model so far has the rest; by default the same; 1: the text alone
         lr:float=.02, # Peak learning rate of the student,
         grid_lr:float=.01, # of the student on its grid,
         stage_lr:float=.003, # and of the two stages before it
@@ -339,7 +340,7 @@ class CompressionPipeline(_Stages):
         self.device = torch.device(device or model.device)
         self.model = copy.deepcopy(model).float().to(self.device).eval()
         self.target, self.keep, self.tokenizer = target_compression, pruning_keep, tokenizer
-        self.settings = dict(target=target_compression, keep=pruning_keep, hard=hard, lr=lr, grid_lr=grid_lr, stage_lr=stage_lr, floating=floating, optimizer=optimizer, seed=seed)
+        self.settings = dict(target=target_compression, keep=pruning_keep, hard=hard, lr=lr, grid_lr=grid_lr, student_hard=hard if student_hard is None else student_hard, stage_lr=stage_lr, floating=floating, optimizer=optimizer, seed=seed)
 
     def run_pipeline(self,
         train_loader, # A DataLoader, or a map-style data set of dicts with `input_ids`
