@@ -120,7 +120,7 @@ LEAST_BITS, MOST_BITS = 1.5, 6. # Of a priced grid; no student has fewer
 
 def grids(entropy:bool) -> list: # (least width, as a share of the teacher's; settings of quant.coded, or of quant.qat)
     "How students are stored."
-    if entropy: return [(0, dict(bits=2.)), (0, dict(bits=LEAST_BITS))]
+    if entropy: return [(1/8, dict(bits=2.)), (0, dict(bits=LEAST_BITS))]
     return [(1/2, dict(bits=4, group_size=32, grid="asymmetric")), (1/8, dict(bits=3, grid="symmetric", group_size=0)), (0, dict(bits=2, grid="balanced", group_size=0))]
 
 FLOATING = dict(temperature=1., feature_weight=0., optimizer="muon", lr=.01, batch_size=4) # How a student is taught in floats,

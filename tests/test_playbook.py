@@ -1,8 +1,10 @@
 """The playbook as a command, in one process and in two; its options; the presets."""
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,22 @@ def test_what_cannot_be_is_one_line(tiny, corpus, tmp_path):
 def test_presets_are_recipes(ratio):
     read = Recipe.from_yaml(ROOT/"recipes"/f"{ratio}x.yaml")
     assert read.target["retained_accuracy"] == RATIOS[ratio] and read.target["bytes"] == int(stored_bytes(ROOT/"data"/"pylm")/ratio)
+
+
+def test_killed_at_three_random_moments_and_resumed_ends_with_the_same_file(tiny, corpus, tmp_path):
+    """On the route with a price on bits; the moments differ from one run of this test to the next."""
+    def start(out): return subprocess.Popen([str(Path(sys.executable).with_name("compresslab")), "playbook", str(tiny), "--ratio", "9", "--data", str(corpus), "--out", str(out), "--seq-len", "48", "--max-chunks", "60", "--batch-size", "2", "--tokens", "6000", "--device", "cpu"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def begun(process, out):
+        while process.poll() is None and not (out/"stages").exists(): time.sleep(.005)
+        return time.time()
+    whole = start(tmp_path/"whole"); at = begun(whole, tmp_path/"whole"); _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    assert "quant.coded" in [n for n, _ in json.loads((tmp_path/"whole"/"recipe.json").read_text())["stages"]]
+    lasts, waited = time.time() - at, []
+    for _ in range(3):
+        process = start(tmp_path/"cut"); begun(process, tmp_path/"cut"); waited.append(random.uniform(0, lasts/4)); time.sleep(waited[-1])
+        process.kill(); process.communicate()
+    last = start(tmp_path/"cut"); _, err = last.communicate(timeout=300)
+    assert last.returncode == 0, (waited, err)
+    names = sorted(p.name for p in (tmp_path/"whole"/"model").iterdir())
+    assert all((tmp_path/"cut"/"model"/n).read_bytes() == (tmp_path/"whole"/"model"/n).read_bytes() for n in names), waited
