@@ -616,8 +616,9 @@ def predict_coded(twin, bits=2.2, embeddings=True, include=None, exclude=None, *
     return twin
 
 @stage("quant.coded", predict_coded)
-def coded(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progress=True, bits:float=2.2, embeddings:bool=True, include=None, exclude=None, tokens:float=1e6, hard:float=0., lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", save_minutes:float=5., seed:int=0):
-    "Quantization-aware training with a price on bits, by distillation from the original, then packing: `bits` coded bits a weight in the file."
+def coded(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progress=True, bits:float=2.2, embeddings:bool=True, include=None, exclude=None, tokens:float=1e6, hard:float=0., written:float=0., lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", save_minutes:float=5., seed:int=0):
+    "Quantization-aware training with a price on bits, by distillation from the original, then packing: `bits` coded bits a weight in the file. `written`: as in `distillation.kd`."
+    if written: train = ConcatDataset([train, own_words(teacher, tokenizer, train[0]["input_ids"].numel(), written, Path(checkpoint).parent/"written.json", seed, progress)])
     trainer = DistillationTrainer(teacher, model, 1., 1 - hard, 0., mapping=_mapping(model, teacher, tokenizer))
     prepare_coded(model, bits, embeddings, include, exclude)
     room = sum(room_for(m.weight.shape, bits) for m in coded_layers(model).values())

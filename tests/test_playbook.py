@@ -44,7 +44,7 @@ def test_the_command_with_all_its_options(tiny, corpus, tmp_path):
     recipe, summary = (json.loads((tmp_path/"run"/n).read_text()) for n in ("recipe.json", "summary.json"))
     settings = dict(recipe["stages"])
     assert recipe["data"]["stride"] == 24 and recipe["data"]["length"] == 48 and recipe["data"]["train_tokens"] == 39*24 + 48 and recipe["teacher"].endswith("original")
-    assert settings["distillation.kd"]["written"] == 500 and settings["finetune"]["tokens"] == 200 and {s["batch_size"] for s in settings.values() if "batch_size" in s} == {2}
+    assert {s["written"] for s in settings.values() if "written" in s} == {500} and settings["finetune"]["tokens"] == 200 and {s["batch_size"] for s in settings.values() if "batch_size" in s} == {2}
     assert torch.equal(load(tmp_path/"run"/"original").model.norm.weight, better.model.norm.weight) and [*(tmp_path/"run"/"stages").glob("*/written.json")]
     assert summary["bytes_ratio"] >= 9 and f"{summary['final_bytes']:,} bytes of" in done.stdout and "retained; 0.01 asked for:" in done.stdout
     assert summary["final_bytes"] == stored_bytes(tmp_path/"run"/"model")
@@ -57,7 +57,9 @@ def test_two_processes(tiny, corpus, tmp_path):
     assert done.stdout.count("saved to") == 1
     summary = json.loads((tmp_path/"run"/"summary.json").read_text())
     steps = {s["name"].split()[1]: s["notes"].get("steps") for s in summary["stages"]}
-    assert steps["distillation.kd"] == round(1000/(2*2*48)) and summary["targets"][0]["met"]
+    for name, s in json.loads((tmp_path/"run"/"recipe.json").read_text())["stages"]:
+        if "tokens" in s: assert steps[name] == round(s["tokens"]/(2*2*48))
+    assert summary["targets"][0]["met"]
 
 
 def test_what_cannot_be_is_one_line(tiny, corpus, tmp_path):
