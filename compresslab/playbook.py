@@ -16,7 +16,7 @@ import pandas as pd
 import torch, yaml
 from safetensors.torch import load_file
 
-from .budget import FLOATING, ON_GRID, blank, fitting_student, floor_line, grids, plan, smallest, weigh
+from .budget import FLOATING, blank, fitting_student, floor_line, grids, most_bits, on_grid, plan, smallest, weigh
 from .lowrank.vocabulary import trim_vocabulary
 from .recipe import BLOCKS, STAGES, Recipe, Rows, Run, check_settings, nearest, processes, twin_of
 from .store import find_tokenizer, load, model_path, save
@@ -24,12 +24,12 @@ from .store import find_tokenizer, load, model_path, save
 # %% ../nbs/82_playbook.ipynb #1d9b3721
 def own_student(source:str, budget:int, tokens:float, entropy:bool) -> list: # Stages
     "Begin with a model that is there: the finest grid that fits."
-    twin, size = blank(source); tried = []
-    for _, grid in grids(entropy):
-        stages = [("distillation.kd", dict(FLOATING, tokens=.5*tokens)), ("quant.qat", dict(grid, **ON_GRID, embeddings=True, tokens=.5*tokens))]
-        tried.append(weigh(twin, stages, entropy))
-        if tried[-1] <= budget: return [("distillation.given", dict(source=str(source))), *stages]
-    raise ValueError(f"{budget:,} bytes cannot be met with the student {source}: on its coarsest grid it takes {min(tried):,}; use a smaller one, or leave the choice to the planner")
+    twin, size = blank(source)
+    route = lambda grid: [("distillation.kd", dict(FLOATING, tokens=.5*tokens)), on_grid(grid, .5*tokens)]
+    found = most_bits(lambda bits: route(dict(bits=bits)), twin, budget) if entropy else next((s for _, grid in grids(False) if weigh(twin, s := route(grid)) <= budget), None)
+    if found: return [("distillation.given", dict(source=str(source))), *found]
+    raise ValueError(f"{budget:,} bytes cannot be met with the student {source}: on its coarsest grid it takes {weigh(twin, route(grids(entropy)[-1][1]), entropy):,}; use a smaller one, or leave the choice to the planner")
+
 
 # %% ../nbs/82_playbook.ipynb #3a14b194
 def trimmed(model:str, rows:Rows, keep:int): # A twin; keep: as in `trim_vocabulary`

@@ -10,8 +10,8 @@ __all__ = ['GIVEN', 'STAGES', 'BLOCKS', 'REFERENCE', 'Stage', 'stage', 'nearest'
            'predict_packed', 'predict_zeros', 'predict_channels', 'predict_heads', 'predict_hidden', 'predict_layers',
            'predict_student', 'predict_latents', 'predict_mixed', 'unchanged', 'quantize_mixed', 'magnitude',
            'allocated', 'predict_factors', 'low_rank', 'predict_embedding', 'embedding', 'vocabulary', 'processes',
-           'own_words', 'kd', 'qat', 'student', 'given_student', 'cascade', 'finetune', 'lora', 'cast_floats', 'Run',
-           'Plan', 'from_reference']
+           'own_words', 'kd', 'qat', 'student', 'given_student', 'cascade', 'predict_coded', 'coded', 'finetune',
+           'lora', 'cast_floats', 'Run', 'Plan', 'from_reference']
 
 # %% ../nbs/80_recipe.ipynb #bf48cb47
 import copy, difflib, hashlib, inspect, json, math, re, shutil, tempfile, time
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from .calibration import targets
-from .coding import PATTERNS
+from .coding import PATTERNS, encode
 from .data import Blocks, cut_pool, documents, pack
 from .distillation.cascade import ProgressiveDistillation
 from .distillation.generation import write
@@ -54,13 +54,14 @@ from .quant.grid import check_bits
 from .quant.linear import PackedWeight
 from .quant.mixed import mixed_precision
 from .quant.ptq import gptq, pack_shared, rtn, width_of
-from .quant.qat import center_and_levels, convert, prepare_qat
+from .quant.qat import bands, center_and_levels, convert, prepare_qat
+from .quant.rate import coded_bytes, coded_layers, held_to, prepare_coded, room_for, settle
 from .quant.rounding import hqq, learn_rounding
 from .quant.scaling import awq, smoothquant
 from .resizing import changed_twin, even_layers, head_width, layer_values, mlp_width
 from .store import check_replaceable, find_tokenizer, load, manifest_modules, model_path, save, sha256, stored_bytes, weight_files
 from .surgery import LINEAR, find, matrix, params, replace, selected, stacks
-from .train import evaluate, fit
+from .train import causal_loss, evaluate, fit
 
 # %% ../nbs/80_recipe.ipynb #70be72f2
 GIVEN = dict(model="what the stages before left, in float32", calibration="a list of token blocks", train="rows to train on", tuning="rows to fine-tune on: of `data`'s `finetune`, by default those to train on", valid="rows to choose by, such as when to stop",
@@ -177,6 +178,7 @@ class Recipe:
         if self.storage["keep"] not in ("all", "final"): raise ValueError(f"storage: keep '{self.storage['keep']}' is not known: use all or final")
         if self.evaluation["score"] not in ("top1", "nll", "ppl", "bpb"): raise ValueError(f"evaluation: score '{self.evaluation['score']}' is not measured: use top1, nll, ppl or bpb")
         check_trackers(self.logging["trackers"])
+        if any(n == "quant.coded" for n, _ in self.stages) and not self.storage["entropy"]: raise ValueError("quant.coded: its codes are small only in a file that is entropy coded: storage: {entropy: true}")
         for k, v in self.target.items():
             if v is not None and not v > 0: raise ValueError(f"target: {k} is {v}, and should be above 0")
 
@@ -574,7 +576,7 @@ def qat(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progre
     "Quantization-aware training by distillation from the original, then packing."
     trainer = DistillationTrainer(teacher, model, 1., 1 - hard, 0., mapping=_mapping(model, teacher, tokenizer))
     prepare_qat(model, bits, group_size, grid, activations, include=include, exclude=exclude, embeddings=embeddings, shared_scale=shared_scale)
-    history = trainer.train(train, tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, progress=progress)
+    history = trainer.train(train, loss=trainer if hard < 1 else causal_loss, tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, progress=progress)
     return convert(model), _said(history)
 
 @stage("distillation.student", predict_student)
@@ -599,6 +601,31 @@ def cascade(model, train, calibration, tokenizer, checkpoint, progress=True, siz
     if processes().num_processes > 1: raise ValueError("distillation.cascade keeps its own folders and runs in one process: use distillation.kd, or start it without accelerate launch")
     made = ProgressiveDistillation(sizes, temperature, alpha, feature_weight)
     return made.train_cascade(model, train, tokens, checkpoint, calibration=calibration, tokenizer=tokenizer, progress=progress, lr=lr, batch_size=batch_size, optimizer=optimizer, save_minutes=save_minutes, seed=seed), dict(stages=len(sizes))
+
+# %% ../nbs/80_recipe.ipynb #2465e487
+def predict_coded(twin, bits=2.2, embeddings=True, include=None, exclude=None, **_):
+    "Layers become packed ones whose codes are held to a number of bits."
+    room = lambda n: torch.empty(n, dtype=torch.uint8, device="meta")
+    before, center = {id(m) for m in twin.modules() if isinstance(m, PackedWeight)}, dict(zip(("center", "levels"), center_and_levels("symmetric", 8)))
+    predict_packed(twin, 8, 0, embeddings=embeddings, include=include, exclude=exclude, **center)
+    for w in (m for m in twin.modules() if isinstance(m, PackedWeight) and id(m) not in before):
+        rows = w.shape[0]; several = rows == twin.config.get_text_config().vocab_size and max(1, (rows//64).bit_length())
+        steps = torch.linspace(.01, .02, several or 1, dtype=w.scale.dtype).repeat_interleave(torch.tensor(bands(rows, several or 1)))[:, None]
+        w._buffers["packed"], w.held = room(room_for(w.shape, bits)), bits
+        if blob := encode(steps, entropy=True): w._buffers["scale"] = room(len(blob))
+    return twin
+
+@stage("quant.coded", predict_coded)
+def coded(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progress=True, bits:float=2.2, embeddings:bool=True, include=None, exclude=None, tokens:float=1e6, hard:float=0., written:float=0., lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", save_minutes:float=5., seed:int=0):
+    "Quantization-aware training with a price on bits, by distillation from the original, then packing: `bits` coded bits a weight in the file. `written`: as in `distillation.kd`."
+    if written: train = ConcatDataset([train, own_words(teacher, tokenizer, train[0]["input_ids"].numel(), written, Path(checkpoint).parent/"written.json", seed, progress)])
+    trainer = DistillationTrainer(teacher, model, 1., 1 - hard, 0., mapping=_mapping(model, teacher, tokenizer))
+    prepare_coded(model, bits, embeddings, include, exclude)
+    room = sum(room_for(m.weight.shape, bits) for m in coded_layers(model).values())
+    counted = coded_bytes(settle(model, room))
+    history = trainer.train(train, loss=held_to(counted, trainer if hard < 1 else causal_loss), tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, progress=progress)
+    found = coded_bytes(model); settle(model, room)
+    return convert(model), dict(_said(history), counted_bytes=found, room=room, price=history[-1]["bit_price"])
 
 # %% ../nbs/80_recipe.ipynb #83e7490f
 class _Enough(Exception): "Raised to end a training that need not go on."

@@ -15,6 +15,7 @@ from compresslab.lowrank.embedding import vocabulary_groups
 from compresslab.lowrank.linear import put_factors
 from compresslab.quant.ptq import rtn
 from compresslab.quant.qat import convert, prepare_qat
+from compresslab.quant.rate import coded_layers, prepare_coded, room_for, settle
 from compresslab.recipe import Recipe
 from compresslab.resizing import changed_twin
 from compresslab.store import save, stored_bytes
@@ -43,7 +44,10 @@ def built(twin, found):
         for names in vocabulary_groups(model).values():
             rows, cols = matrix(model.get_submodule(names[0])).shape; r = settings["lowrank.embedding"]["rank"]
             put_factors(model, names, torch.randn(rows, r), torch.randn(r, cols))
-    if "quant.qat" in settings: model = convert(prepare_qat(model, **{k: v for k, v in settings["quant.qat"].items() if k not in ("tokens", "hard", "optimizer", "lr", "batch_size")}))
+    if "quant.coded" in settings:
+        bits = settings["quant.coded"]["bits"]; prepare_coded(model, bits)
+        model = convert(settle(model, sum(room_for(m.weight.shape, bits) for m in coded_layers(model).values())))
+    elif "quant.qat" in settings: model = convert(prepare_qat(model, **{k: v for k, v in settings["quant.qat"].items() if k not in ("tokens", "hard", "optimizer", "lr", "batch_size")}))
     else: rtn(model, progress=False, **settings["quant.gptq"])
     return model.to(torch.bfloat16)
 
@@ -56,13 +60,14 @@ def test_presets_leave_the_file_that_was_predicted(family, ratio, width, layers,
     real = stored_bytes(save(built(teacher, found), tmp_path/"m", entropy=found.entropy))
     assert abs(found.predicted/real - 1) < .02 and found.original_bytes/real >= ratio, (found, real)
     coded = plan(teacher, ratio, entropy=True)
-    assert stored_bytes(save(built(teacher, coded), tmp_path/"n", entropy=True)) <= coded.predicted <= coded.budget
+    real = stored_bytes(save(built(teacher, coded), tmp_path/"n", entropy=True))
+    assert real <= coded.budget and (coded.stages[-1][0] == "quant.gptq" or abs(coded.predicted/real - 1) < .02), (coded, real)     # what has no price is only bounded
 
 
 def test_a_real_model_reaches_what_was_planned(pylm, tmp_path):
-    found = plan(pylm, 100, tokens=2000)
+    found = plan(pylm, 100, tokens=2000, entropy=True)
     run = found.recipe(data=dict(text="python-stdlib", length=64, train_tokens=4000, valid_tokens=500, test_tokens=500), logging=dict(progress=False)).run(out=tmp_path/"run", device="cpu", progress=False)
-    assert 1 <= found.predicted/run.summary["final_bytes"] < 1.04 and run.summary["bytes_ratio"] >= 100 and run.summary["targets"][0]["met"]
+    assert 1 <= found.predicted/run.summary["final_bytes"] < 1.02 and run.summary["bytes_ratio"] >= 100 and run.summary["targets"][0]["met"]
 
 
 def test_the_command(tiny, tmp_path):

@@ -1,8 +1,10 @@
 """The playbook as a command, in one process and in two; its options; the presets."""
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,7 @@ def test_the_command_with_all_its_options(tiny, corpus, tmp_path):
     recipe, summary = (json.loads((tmp_path/"run"/n).read_text()) for n in ("recipe.json", "summary.json"))
     settings = dict(recipe["stages"])
     assert recipe["data"]["stride"] == 24 and recipe["data"]["length"] == 48 and recipe["data"]["train_tokens"] == 39*24 + 48 and recipe["teacher"].endswith("original")
-    assert settings["distillation.kd"]["written"] == 500 and settings["finetune"]["tokens"] == 200 and {s["batch_size"] for s in settings.values() if "batch_size" in s} == {2}
+    assert {s["written"] for s in settings.values() if "written" in s} == {500} and settings["finetune"]["tokens"] == 200 and {s["batch_size"] for s in settings.values() if "batch_size" in s} == {2}
     assert torch.equal(load(tmp_path/"run"/"original").model.norm.weight, better.model.norm.weight) and [*(tmp_path/"run"/"stages").glob("*/written.json")]
     assert summary["bytes_ratio"] >= 9 and f"{summary['final_bytes']:,} bytes of" in done.stdout and "retained; 0.01 asked for:" in done.stdout
     assert summary["final_bytes"] == stored_bytes(tmp_path/"run"/"model")
@@ -55,7 +57,9 @@ def test_two_processes(tiny, corpus, tmp_path):
     assert done.stdout.count("saved to") == 1
     summary = json.loads((tmp_path/"run"/"summary.json").read_text())
     steps = {s["name"].split()[1]: s["notes"].get("steps") for s in summary["stages"]}
-    assert steps["distillation.kd"] == round(1000/(2*2*48)) and summary["targets"][0]["met"]
+    for name, s in json.loads((tmp_path/"run"/"recipe.json").read_text())["stages"]:
+        if "tokens" in s: assert steps[name] == round(s["tokens"]/(2*2*48))
+    assert summary["targets"][0]["met"]
 
 
 def test_what_cannot_be_is_one_line(tiny, corpus, tmp_path):
@@ -68,3 +72,22 @@ def test_what_cannot_be_is_one_line(tiny, corpus, tmp_path):
 def test_presets_are_recipes(ratio):
     read = Recipe.from_yaml(ROOT/"recipes"/f"{ratio}x.yaml")
     assert read.target["retained_accuracy"] == RATIOS[ratio] and read.target["bytes"] == int(stored_bytes(ROOT/"data"/"pylm")/ratio)
+
+
+def test_killed_at_three_random_moments_and_resumed_ends_with_the_same_file(tiny, corpus, tmp_path):
+    """On the route with a price on bits; the moments differ from one run of this test to the next."""
+    def start(out): return subprocess.Popen([str(Path(sys.executable).with_name("compresslab")), "playbook", str(tiny), "--ratio", "9", "--data", str(corpus), "--out", str(out), "--seq-len", "48", "--max-chunks", "60", "--batch-size", "2", "--tokens", "6000", "--device", "cpu"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def begun(process, out):
+        while process.poll() is None and not (out/"stages").exists(): time.sleep(.005)
+        return time.time()
+    whole = start(tmp_path/"whole"); at = begun(whole, tmp_path/"whole"); _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    assert "quant.coded" in [n for n, _ in json.loads((tmp_path/"whole"/"recipe.json").read_text())["stages"]]
+    lasts, waited = time.time() - at, []
+    for _ in range(3):
+        process = start(tmp_path/"cut"); begun(process, tmp_path/"cut"); waited.append(random.uniform(0, lasts/4)); time.sleep(waited[-1])
+        process.kill(); process.communicate()
+    last = start(tmp_path/"cut"); _, err = last.communicate(timeout=300)
+    assert last.returncode == 0, (waited, err)
+    names = sorted(p.name for p in (tmp_path/"whole"/"model").iterdir())
+    assert all((tmp_path/"cut"/"model"/n).read_bytes() == (tmp_path/"whole"/"model"/n).read_bytes() for n in names), waited
