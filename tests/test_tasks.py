@@ -61,13 +61,13 @@ def test_multiple_choice_agrees_with_direct_computation(stories260k, shared):
 def test_last_words_agree_with_direct_computation_and_long_prompts_are_counted(stories260k, shared, tmp_path):
     model, tokenizer, _ = stories260k
     stories = [s.strip() for s in (shared("tinystories")/"valid.txt").read_text().split("<|endoftext|>") if len(s.split()) > 60][:12]
-    texts = [" ".join(s.split()[:n]).rstrip(".,!?\"") for s, n in zip(stories, [20, 40, 60]*4)] + [" ".join(" ".join(stories).split()[:900])]
+    texts = [" ".join(s.split()[:n]).rstrip(".,!?\"") for s, n in zip(stories, [20, 40, 60]*4)] + ["Once upon a time", "Once upon a time, there was a little girl named Lily"] + [" ".join(" ".join(stories).split()[:900])]
     (tmp_path/"lambada").mkdir(); (tmp_path/"lambada"/"lambada_test.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in texts))
     found = task_scores(model, "lambada", tmp_path, tokenizer=tokenizer, progress=False)["lambada"]
     direct = [logp(model, tokenizer, t.rpartition(" ")[0], " " + t.rpartition(" ")[2]) for t in texts]
     assert found["value"] == pytest.approx(sum(g for _, g in direct)/len(texts)) and 0 < found["value"] < 1
     assert found["metrics"]["perplexity"][0] == pytest.approx(math.exp(-sum(x for x, _ in direct)/len(texts)), rel=1e-3)
-    assert (found["truncated"], found["prompts"]) == (1, len(texts)) and "1 of 13" in task_table({"lambada": found}).to_string()
+    assert (found["truncated"], found["prompts"]) == (1, len(texts)) and "1 of 15" in task_table({"lambada": found}).to_string()
 
 
 def test_a_packed_model_scores_as_its_unpacked_self(stories260k, shared, tmp_path):
