@@ -807,7 +807,8 @@ def _keep(self, i, found, tokenizer, key, start):
     save(cast_floats(model, dtype), place/"model", tokenizer, self.recipe.storage["entropy"])
     row = _row(self, i, name, place/"model", time.time() - start)
     _write(place/"stage.json", dict(key=key, row=asdict(row), notes=notes))
-    if (place/"checkpoint"/"compresslab").exists() and not (place/"compresslab").exists(): (place/"checkpoint"/"compresslab").rename(place/"compresslab")      # a tracker's logs
+    for logs in ("compresslab", "wandb"):                                                # a tracker's
+        if (place/"checkpoint"/logs).exists() and not (place/logs).exists(): (place/"checkpoint"/logs).rename(place/logs)
     shutil.rmtree(place/"checkpoint", ignore_errors=True)
 
 def _dtype(self) -> torch.dtype:
