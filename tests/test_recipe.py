@@ -230,7 +230,7 @@ def test_ablation_of_the_references_branches(taught, tmp_path):
     from compresslab.ablation import ablate
     config = dict(mode="all", branches=dict(blt=dict(latent_dim=12), lra=dict(rank=12)), finetune=dict(max_tokens=512))
     table = ablate(config, *taught, tmp_path/"run", device="cpu", progress=False).set_index("left_out")
-    assert [*table.index] == ["nothing", "lra", "blt", "finetune"] and table.bytes["lra"] > table.bytes["nothing"] < table.bytes["blt"] and table.bytes["finetune"] == table.bytes["nothing"]
+    assert [*table.index] == ["nothing", "blt", "lra", "finetune"] and table.bytes["lra"] > table.bytes["nothing"] < table.bytes["blt"] and table.bytes["finetune"] == table.bytes["nothing"]
     assert table.tokens.tolist() == [512, 512, 512, 0] and table.nll.notna().all() and "| lra |" in (tmp_path/"run"/"ablation.md").read_text()
 
 
