@@ -11,7 +11,7 @@ __all__ = ['GIVEN', 'STAGES', 'BLOCKS', 'REFERENCE', 'Stage', 'stage', 'nearest'
            'predict_student', 'predict_latents', 'predict_mixed', 'unchanged', 'quantize_mixed', 'magnitude',
            'allocated', 'predict_factors', 'low_rank', 'predict_embedding', 'embedding', 'vocabulary', 'processes',
            'own_words', 'kd', 'qat', 'student', 'given_student', 'cascade', 'finetune', 'lora', 'cast_floats', 'Run',
-           'summary_tables', 'summary_markdown', 'summary_html', 'Plan', 'from_reference']
+           'no_memory', 'summary_tables', 'summary_markdown', 'summary_html', 'Plan', 'from_reference']
 
 # %% ../nbs/80_recipe.ipynb #bf48cb47
 import copy, difflib, hashlib, inspect, json, math, re, shutil, tempfile, time
@@ -605,11 +605,11 @@ def given_student(model, source:str):
     return nn.Module.float(found).to(model.device), dict(tokenizer=find_tokenizer(model_path(source)))
 
 @stage("distillation.cascade")
-def cascade(model, train, calibration, tokenizer, checkpoint, progress=True, sizes=(.5, .25), tokens:float=1e6, temperature:float=2., alpha:float=.7, feature_weight:float=.1, lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", save_minutes:float=5., seed:int=0):
+def cascade(model, train, calibration, tokenizer, checkpoint, trackers=None, progress=True, sizes=(.5, .25), tokens:float=1e6, temperature:float=2., alpha:float=.7, feature_weight:float=.1, lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", save_minutes:float=5., seed:int=0):
     "`ProgressiveDistillation`: each student teaches the next."
     if processes().num_processes > 1: raise ValueError("distillation.cascade keeps its own folders and runs in one process: use distillation.kd, or start it without accelerate launch")
     made = ProgressiveDistillation(sizes, temperature, alpha, feature_weight)
-    return made.train_cascade(model, train, tokens, checkpoint, calibration=calibration, tokenizer=tokenizer, progress=progress, lr=lr, batch_size=batch_size, optimizer=optimizer, save_minutes=save_minutes, seed=seed), dict(stages=len(sizes))
+    return made.train_cascade(model, train, tokens, checkpoint, calibration=calibration, tokenizer=tokenizer, progress=progress, lr=lr, batch_size=batch_size, optimizer=optimizer, save_minutes=save_minutes, seed=seed, **(dict(trackers=trackers) if trackers else {})), dict(stages=len(sizes))
 
 # %% ../nbs/80_recipe.ipynb #83e7490f
 class _Enough(Exception): "Raised to end a training that need not go on."
@@ -713,7 +713,12 @@ class Run:
     ledger:Ledger # A row for the original and for each stage
     summary:dict # Bytes, ratios, scores on the test rows, targets met or not
     def model(self, device=None): return load(self.folder/"model", device)
-    def __repr__(self): return f"{self.ledger}\n\n" + "\n".join(f"{t['name']} {t['wanted']:g}: {'met' if t['met'] else 'not met'}, {t['reached'] or 0:.4g}" for t in self.summary["targets"]) + f"\nsaved to {self.folder/'model'}"
+    def missed(self) -> list[str]:
+        "A line for each stage whose file is not what the plan predicted: more than 2% away, or above a bound."
+        off = [(s, s["bytes_after"]/s["predicted"] - 1) for s in self.summary["stages"] if s["predicted"]]
+        return [f"{s['name']}: {s['bytes_after']:,} bytes, {d:+.1%} of the {s['predicted']:,} predicted: its stage has no exact predict; plan what follows from its file, {self.folder/'stages'/s['name'].replace(' ', '-', 1)/'model'}" for s, d in off if d > .02 or (d < -.02 and not s["bound"])]
+
+    def __repr__(self): return f"{self.ledger}\n\n" + "".join(f"{m}\n" for m in self.missed()) + "\n".join(f"{t['name']} {t['wanted']:g}: {'met' if t['met'] else 'not met'}, {t['reached'] or 0:.4g}" for t in self.summary["targets"]) + f"\nsaved to {self.folder/'model'}"
 
 class _Runner:
     "A recipe on a model, in a folder."
@@ -786,9 +791,18 @@ def _stage(self, i, before:Path, key:str) -> dict:
     self.alone(lambda: _begin(self.place(i), key))
     set_seed(self.recipe.seed); start = time.time()
     settings = {**settings, **({"seed": self.recipe.seed} if "seed" in settings and settings["seed"] == about.settings["seed"] else {})}
-    found = about.function(**{n: given[n]() for n in about.given}, **settings) if about.trains or self.main else None
+    try: found = about.function(**{n: given[n]() for n in about.given}, **settings) if about.trains or self.main else None
+    except (MemoryError, RuntimeError) as e:
+        if not no_memory(e): raise
+        size, about_data = settings.get("batch_size"), self.rows.about
+        remedy = f"its batch_size ({size}) or data's length ({about_data['length']})" if size else f"data's samples ({about_data['samples']}) or length ({about_data['length']})"
+        raise MemoryError(f"stage {i} ({name}) ran out of memory: lower {remedy}; the stages before it are finished and kept") from e
     self.alone(lambda: _keep(self, i, found, given["tokenizer"](), key, start))
     return json.loads((self.place(i)/"stage.json").read_text())
+
+def no_memory(e:Exception) -> bool:
+    "Whether an error says that memory is exhausted, on a GPU or in the machine."
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e) or "out of memory" in str(e)
 
 def _begin(place, key):
     "A folder without what another recipe, or a kill while saving, left in it."
@@ -807,8 +821,9 @@ def _keep(self, i, found, tokenizer, key, start):
     save(cast_floats(model, dtype), place/"model", tokenizer, self.recipe.storage["entropy"])
     row = _row(self, i, name, place/"model", time.time() - start)
     _write(place/"stage.json", dict(key=key, row=asdict(row), notes=notes))
-    for logs in ("compresslab", "wandb"):                                                # a tracker's
-        if (place/"checkpoint"/logs).exists() and not (place/logs).exists(): (place/"checkpoint"/logs).rename(place/logs)
+    for logs in [p for n in ("compresslab", "wandb") for p in sorted((place/"checkpoint").rglob(n)) if p.is_dir()]:                                           # a tracker's
+        kept = place/"-".join(logs.relative_to(place/"checkpoint").parts)
+        if not kept.exists(): logs.rename(kept)
     shutil.rmtree(place/"checkpoint", ignore_errors=True)
 
 def _dtype(self) -> torch.dtype:
@@ -862,7 +877,7 @@ def _summary(self, rows, final) -> dict:
     wanted = {k: v for k, v in {**self.recipe.target, "tasks": None, **(self.recipe.target["tasks"] or {})}.items() if v is not None}
     return dict(original_bytes=first["stored_bytes"], teacher_bytes=stored_bytes(self.teacher) if Path(self.teacher).exists() else first["stored_bytes"] if self.teacher == self.source else None, final_bytes=last["stored_bytes"], bytes_ratio=ratio, param_ratio=first["params"]/last["params"], score=score, retention=retention, test=scores, tasks=tasks,
                 targets=[dict(name=k, wanted=v, reached=reached[k], met=reached[k] is not None and (reached[k] <= v if k == "bytes" else reached[k] >= v)) for k, v in wanted.items()],
-                stages=[dict(name=r["row"]["name"], bytes_before=p["row"]["stored_bytes"], bytes_after=r["row"]["stored_bytes"], params=r["row"]["params"], nll=r["row"]["nll"], top1=r["row"]["top1"], seconds=r["row"]["seconds"], notes=r["notes"]) for p, r in zip(rows, rows[1:])])
+                stages=[dict(name=r["row"]["name"], bytes_before=p["row"]["stored_bytes"], bytes_after=r["row"]["stored_bytes"], params=r["row"]["params"], nll=r["row"]["nll"], top1=r["row"]["top1"], seconds=r["row"]["seconds"], predicted=q["bytes"], bound=q["bound"], notes=r["notes"]) for p, r, q in zip(rows, rows[1:], self.planned[1:])])
 
 def _go(self) -> Run:
     "Every stage, or what is left of them."
@@ -900,7 +915,7 @@ def summary_tables(s:dict) -> dict: # s: `Run.summary`; title -> rows, the first
     first, last = (s["test"].get(k) or {} for k in ("original", "final"))
     bytes_of = [["original", s["original_bytes"]], *([["teacher", s["teacher_bytes"]]] if s["teacher_bytes"] not in (None, s["original_bytes"]) else []), ["final", s["final_bytes"]]]
     out = {"Bytes": [["model", "stored bytes"], *bytes_of, ["bytes_ratio", s["bytes_ratio"]], ["param_ratio", s["param_ratio"]]],
-           "Stages": [["stage", "bytes before", "bytes after", "difference", "parameters", "nll", "top-1", "seconds"], *([x["name"], x["bytes_before"], x["bytes_after"], x["bytes_after"] - x["bytes_before"], x["params"], x["nll"], x["top1"], x["seconds"]] for x in s["stages"])]}
+           "Stages": [["stage", "bytes before", "bytes after", "predicted", "difference", "parameters", "nll", "top-1", "seconds"], *([x["name"], x["bytes_before"], x["bytes_after"], x["predicted"], x["bytes_after"] - x["bytes_before"], x["params"], x["nll"], x["top1"], x["seconds"]] for x in s["stages"])]}
     if first: out["Quality on test rows"] = [["score", "original", "final"], *([n, first[k], last[k]] for k, n in dict(top1="next-token accuracy", bpb="bits per byte", ppl="perplexity", nll="nll", tokens="tokens scored").items() if first.get(k) is not None)]
     if s["tasks"]["final"]: out["Tasks"] = [["task", "metric", "original", "stderr", "final", "stderr", "rows", "shots", "prompts cut (original, final)"], *([t, b["metric"], a["value"], a["stderr"], b["value"], b["stderr"], b["n"], b["shots"], f"{a['truncated']}, {b['truncated']} of {b['prompts']}"] for t, b in s["tasks"]["final"].items() for a in [s["tasks"]["original"][t]])]
     verdicts = [[t["name"], t["wanted"], t["reached"], "met" if t["met"] else "not met"] for t in s["targets"]]
@@ -964,7 +979,7 @@ def _run(self,
     if dry_run and not isinstance(model, (str, Path)):
         with tempfile.TemporaryDirectory() as d: return _Runner(self, save(model, Path(d)/"m"), data, d, "cpu", False).plan()
     runner = _Runner(self, model, data, out or ".", device, progress)
-    plan = runner.plan()
+    plan = runner.planned = runner.plan()
     if not dry_run: return runner.go()
     if runner.main: print(plan)
     return plan
