@@ -7,9 +7,9 @@ Docs: https://compresslab.github.io/compresslab/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'data_app', 'sweep_app', 'recursive_app', 'SweepName', 'Storage', 'Folder', 'Method', 'Activations', 'Mirror',
            'Profile', 'compress', 'quantize_and_save', 'text_to_measure', 'default_device', 'export', 'plan_bytes',
-           'run_recipe', 'run_playbook', 'recursive_train', 'recursive_evaluate', 'recursive_generate', 'open_studio',
-           'measure', 'report', 'all_reports', 'sweep_create', 'sweep_agent', 'sweep_status', 'sweep_best', 'data_list',
-           'data_get', 'doctor', 'main']
+           'run_ablation', 'run_recipe', 'run_playbook', 'recursive_train', 'recursive_evaluate', 'recursive_generate',
+           'open_studio', 'measure', 'report', 'all_reports', 'evaluate_tasks', 'sweep_create', 'sweep_agent',
+           'sweep_status', 'sweep_best', 'data_list', 'data_get', 'doctor', 'main']
 
 # %% ../nbs/92_cli.ipynb #875bc183
 import json, os, shutil, sys
@@ -139,6 +139,12 @@ def plan_bytes(
     if out is not None: out.parent.mkdir(parents=True, exist_ok=True); out.write_text(found.to_yaml()); typer.echo(f"written to {out}; compresslab run {out} does it")
 
 # %% ../nbs/92_cli.ipynb #647c1391
+def run_ablation(recipe:Path, model, data, out:Path, device):
+    from compresslab.ablation import ablate, ablation_text
+    from compresslab.recipe import processes
+    table = ablate(recipe, model, data, out, device)
+    if processes().is_main_process: typer.echo(f"\n{ablation_text(table)}\nwritten to {out}")
+
 @app.command("run")
 def run_recipe(
     recipe: Annotated[Path, typer.Argument(help="A YAML file of stages, or of the reference's branches.")],
@@ -146,12 +152,15 @@ def run_recipe(
     data: Annotated[Optional[str], typer.Option(help="Text: a folder or a data name. [default: the recipe's, else python-stdlib]")] = None,
     out: Annotated[Optional[Path], typer.Option(help="The run's folder; the model goes into its folder model. [default: the recipe's, else out/RECIPE]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with predicted bytes; write nothing.")] = False,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Run it without each of its stages too, at the same tokens, and say what each is worth.")] = False,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
 ):
     "Run a recipe, or what is left of it: each stage measured from its file."
     from compresslab.recipe import Recipe, processes
     if not recipe.exists(): raise FileNotFoundError(f"{recipe} is not there: no recipe was read")
     read = Recipe.from_yaml(recipe)
+    if ablate and dry_run: raise ValueError("--ablate runs the recipe several times and --dry-run never: choose one")
+    if ablate: return run_ablation(recipe, model, data, out or Path("out")/f"{recipe.stem}-ablation", device)
     done = read.run(model, data, out or read.out or Path("out")/recipe.stem, dry_run, device)
     if not dry_run and processes().is_main_process: typer.echo(f"\n{done}")
 
@@ -339,6 +348,24 @@ def all_reports(
     from compresslab.gallery import run_all
     for name, line in (wrong := run_all(profile.value, names or None)).items(): typer.echo(f"{name}: {line}", err=True)
     if wrong: raise typer.Exit(1)
+
+# %% ../nbs/92_cli.ipynb #b7aea5d3
+@app.command("evaluate")
+def evaluate_tasks(
+    model: Annotated[str, typer.Argument(help="A model folder, compressed or not, or a Hub name.")],
+    tasks: Annotated[str, typer.Option(help="Names, joined by commas: mmlu, gsm8k, lambada, sst2, arc_easy, arc_challenge, boolq, any other of lm-eval's; or YAML files in its format.")],
+    data: Annotated[Optional[Path], typer.Option(help="A folder with the tasks' files, as mmlu/test. [default: the data folder; tasks that are not there come from the Hub]")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Rows of each task. [default: all]")] = None,
+    shots: Annotated[Optional[int], typer.Option(help="Worked examples in the prompt. [default: the task's]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at once.")] = 8,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+):
+    "Score a model on tasks such as MMLU and GSM8K, from its files. Needs the extra [eval]."
+    from compresslab.tasks import task_scores, task_table
+    scores = task_scores(model, [t.strip() for t in tasks.split(",") if t.strip()], data, limit, shots, batch_size, device=device or default_device(), progress=not as_json)
+    typer.echo(json.dumps(scores, indent=1) if as_json else "\n" + task_table(scores).to_string(index=False, float_format="{:.4f}".format))
+
 
 # %% ../nbs/92_cli.ipynb #8ff48ed1
 SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's file, or the name of one that exists.")]

@@ -11,12 +11,14 @@ __all__ = ['GIVEN', 'STAGES', 'BLOCKS', 'REFERENCE', 'Stage', 'stage', 'nearest'
            'predict_student', 'predict_latents', 'predict_mixed', 'unchanged', 'quantize_mixed', 'magnitude',
            'allocated', 'predict_factors', 'low_rank', 'predict_embedding', 'embedding', 'vocabulary', 'processes',
            'own_words', 'kd', 'qat', 'student', 'given_student', 'cascade', 'predict_coded', 'coded', 'finetune',
-           'lora', 'cast_floats', 'Run', 'Plan', 'from_reference']
+           'lora', 'cast_floats', 'Run', 'no_memory', 'summary_tables', 'summary_markdown', 'summary_html', 'Plan',
+           'from_reference']
 
 # %% ../nbs/80_recipe.ipynb #bf48cb47
 import copy, difflib, hashlib, inspect, json, math, re, shutil, tempfile, time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from html import escape
 from pathlib import Path
 
 import torch, yaml
@@ -61,6 +63,7 @@ from .quant.scaling import awq, smoothquant
 from .resizing import changed_twin, even_layers, head_width, layer_values, mlp_width
 from .store import check_replaceable, find_tokenizer, load, manifest_modules, model_path, save, sha256, stored_bytes, weight_files
 from .surgery import LINEAR, find, matrix, params, replace, selected, stacks
+from .tasks import find_tasks, task_scores
 from .train import causal_loss, evaluate, fit
 
 # %% ../nbs/80_recipe.ipynb #70be72f2
@@ -131,8 +134,8 @@ def check_stage(name:str, settings:dict|None) -> tuple[str, dict]:
 # %% ../nbs/80_recipe.ipynb #6bd30f6c
 BLOCKS = dict(
     data=dict(text="python-stdlib", train=None, calibration=None, valid=None, test=None, finetune=None, length=256, stride=None, samples=64, train_tokens=None, valid_tokens=50_000, test_tokens=50_000),
-    target=dict(ratio=None, bytes=None, retained_accuracy=None),
-    evaluation=dict(timing=False, score="top1"),
+    target=dict(ratio=None, bytes=None, retained_accuracy=None, tasks=None),
+    evaluation=dict(timing=False, score="top1", tasks=None, limit=None, shots=None, data=None),
     logging=dict(trackers=None, progress=True),
     storage=dict(dtype="auto", entropy=False, keep="all")) # Blocks of a recipe, and their defaults
 
@@ -176,11 +179,20 @@ class Recipe:
         for k in BLOCKS: setattr(self, k, check_settings(k, getattr(self, k), BLOCKS[k]))
         if self.storage["dtype"] not in ("auto", "float32", "bfloat16", "float16"): raise ValueError(f"storage: dtype '{self.storage['dtype']}' is not known: use auto, float32, bfloat16 or float16")
         if self.storage["keep"] not in ("all", "final"): raise ValueError(f"storage: keep '{self.storage['keep']}' is not known: use all or final")
-        if self.evaluation["score"] not in ("top1", "nll", "ppl", "bpb"): raise ValueError(f"evaluation: score '{self.evaluation['score']}' is not measured: use top1, nll, ppl or bpb")
-        check_trackers(self.logging["trackers"])
+        self._check_tasks(); check_trackers(self.logging["trackers"])
         if any(n == "quant.coded" for n, _ in self.stages) and not self.storage["entropy"]: raise ValueError("quant.coded: its codes are small only in a file that is entropy coded: storage: {entropy: true}")
-        for k, v in self.target.items():
+        for k, v in {**self.target, **(self.target["tasks"] or {}), "tasks": None}.items():
             if v is not None and not v > 0: raise ValueError(f"target: {k} is {v}, and should be above 0")
+
+    def _check_tasks(self):
+        "The tasks to score at the end: those that evaluation names, and those that have a target."
+        e, wanted = self.evaluation, self.target["tasks"] or {}
+        if not isinstance(wanted, dict): raise ValueError(f"target: tasks is {wanted!r}, and should say how much of each, as in {{mmlu: 0.3}}")
+        named = [e["tasks"]] if isinstance(e["tasks"], str) else [*(e["tasks"] or [])]
+        e["tasks"] = [*dict.fromkeys([*named, *wanted])] or None
+        for k in ("limit", "shots"):
+            if e[k] is not None and not e["tasks"]: raise ValueError(f"evaluation: {k} is of tasks, and none is named: add tasks: [mmlu]")
+        if e["score"] not in ("top1", "nll", "ppl", "bpb", *(e["tasks"] or [])): raise ValueError(f"evaluation: score '{e['score']}' is not measured: use top1, nll, ppl, bpb or one of evaluation's tasks")
 
     @classmethod
     def from_yaml(cls, source) -> "Recipe": # A path, YAML text, or a dict
@@ -596,11 +608,11 @@ def given_student(model, source:str):
     return nn.Module.float(found).to(model.device), dict(tokenizer=find_tokenizer(model_path(source)))
 
 @stage("distillation.cascade")
-def cascade(model, train, calibration, tokenizer, checkpoint, progress=True, sizes=(.5, .25), tokens:float=1e6, temperature:float=2., alpha:float=.7, feature_weight:float=.1, lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", save_minutes:float=5., seed:int=0):
+def cascade(model, train, calibration, tokenizer, checkpoint, trackers=None, progress=True, sizes=(.5, .25), tokens:float=1e6, temperature:float=2., alpha:float=.7, feature_weight:float=.1, lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", save_minutes:float=5., seed:int=0):
     "`ProgressiveDistillation`: each student teaches the next."
     if processes().num_processes > 1: raise ValueError("distillation.cascade keeps its own folders and runs in one process: use distillation.kd, or start it without accelerate launch")
     made = ProgressiveDistillation(sizes, temperature, alpha, feature_weight)
-    return made.train_cascade(model, train, tokens, checkpoint, calibration=calibration, tokenizer=tokenizer, progress=progress, lr=lr, batch_size=batch_size, optimizer=optimizer, save_minutes=save_minutes, seed=seed), dict(stages=len(sizes))
+    return made.train_cascade(model, train, tokens, checkpoint, calibration=calibration, tokenizer=tokenizer, progress=progress, lr=lr, batch_size=batch_size, optimizer=optimizer, save_minutes=save_minutes, seed=seed, **(dict(trackers=trackers) if trackers else {})), dict(stages=len(sizes))
 
 # %% ../nbs/80_recipe.ipynb #2465e487
 def predict_coded(twin, bits=2.2, embeddings=True, include=None, exclude=None, **_):
@@ -717,7 +729,10 @@ def _digest(*parts) -> str: return hashlib.sha256(json.dumps(parts, sort_keys=Tr
 
 def _write(file:Path, content):
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.new"); new.write_text(json.dumps(content, indent=1, default=str)); new.replace(file)
+    _put(file, json.dumps(content, indent=1, default=str))
+
+def _put(file:Path, text:str): # Beside, then renamed
+    new = file.with_name(f".{file.name}.new"); new.write_text(text, encoding="utf-8"); new.replace(file)
 
 @dataclass
 class Run:
@@ -726,7 +741,12 @@ class Run:
     ledger:Ledger # A row for the original and for each stage
     summary:dict # Bytes, ratios, scores on the test rows, targets met or not
     def model(self, device=None): return load(self.folder/"model", device)
-    def __repr__(self): return f"{self.ledger}\n\n" + "\n".join(f"{t['name']} {t['wanted']:g}: {'met' if t['met'] else 'not met'}, {t['reached'] or 0:.4g}" for t in self.summary["targets"]) + f"\nsaved to {self.folder/'model'}"
+    def missed(self) -> list[str]:
+        "A line for each stage whose file is not what the plan predicted: more than 2% away, or above a bound."
+        off = [(s, s["bytes_after"]/s["predicted"] - 1) for s in self.summary["stages"] if s["predicted"]]
+        return [f"{s['name']}: {s['bytes_after']:,} bytes, {d:+.1%} of the {s['predicted']:,} predicted: its stage has no exact predict; plan what follows from its file, {self.folder/'stages'/s['name'].replace(' ', '-', 1)/'model'}" for s, d in off if d > .02 or (d < -.02 and not s["bound"])]
+
+    def __repr__(self): return f"{self.ledger}\n\n" + "".join(f"{m}\n" for m in self.missed()) + "\n".join(f"{t['name']} {t['wanted']:g}: {'met' if t['met'] else 'not met'}, {t['reached'] or 0:.4g}" for t in self.summary["targets"]) + f"\nsaved to {self.folder/'model'}"
 
 class _Runner:
     "A recipe on a model, in a folder."
@@ -739,7 +759,8 @@ class _Runner:
         self.context, self.pairs = getattr(config, "max_position_embeddings", None), config.is_encoder_decoder
         self.rows = Rows(data, recipe.seed)
         if self.pairs and self.rows.texts.keys() & {"valid"} and {"train", "valid"} & {n for s, _ in recipe.stages for n in STAGES[s].given}: raise ValueError("an encoder-decoder trains on pairs of texts: pass data sets of input_ids and labels as data")
-        if recipe.target["retained_accuracy"] and not ("test" in self.rows.sets or self.rows.texts and not self.pairs): raise ValueError("target: retained_accuracy needs test rows: pass them as data's test")
+        if recipe.target["retained_accuracy"] and recipe.evaluation["score"] not in (recipe.evaluation["tasks"] or []) and not ("test" in self.rows.sets or self.rows.texts and not self.pairs): raise ValueError("target: retained_accuracy needs test rows: pass them as data's test")
+        if recipe.evaluation["tasks"]: find_tasks(recipe.evaluation["tasks"], recipe.evaluation["data"])             # what cannot be scored is refused before an hour of training
 
     def alone(self, work):
         "What only the first process does, while the others wait."
@@ -798,9 +819,18 @@ def _stage(self, i, before:Path, key:str) -> dict:
     self.alone(lambda: _begin(self.place(i), key))
     set_seed(self.recipe.seed); start = time.time()
     settings = {**settings, **({"seed": self.recipe.seed} if "seed" in settings and settings["seed"] == about.settings["seed"] else {})}
-    found = about.function(**{n: given[n]() for n in about.given}, **settings) if about.trains or self.main else None
+    try: found = about.function(**{n: given[n]() for n in about.given}, **settings) if about.trains or self.main else None
+    except (MemoryError, RuntimeError) as e:
+        if not no_memory(e): raise
+        size, about_data = settings.get("batch_size"), self.rows.about
+        remedy = f"its batch_size ({size}) or data's length ({about_data['length']})" if size else f"data's samples ({about_data['samples']}) or length ({about_data['length']})"
+        raise MemoryError(f"stage {i} ({name}) ran out of memory: lower {remedy}; the stages before it are finished and kept") from e
     self.alone(lambda: _keep(self, i, found, given["tokenizer"](), key, start))
     return json.loads((self.place(i)/"stage.json").read_text())
+
+def no_memory(e:Exception) -> bool:
+    "Whether an error says that memory is exhausted, on a GPU or in the machine."
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e) or "out of memory" in str(e)
 
 def _begin(place, key):
     "A folder without what another recipe, or a kill while saving, left in it."
@@ -819,7 +849,9 @@ def _keep(self, i, found, tokenizer, key, start):
     save(cast_floats(model, dtype), place/"model", tokenizer, self.recipe.storage["entropy"])
     row = _row(self, i, name, place/"model", time.time() - start)
     _write(place/"stage.json", dict(key=key, row=asdict(row), notes=notes))
-    if (place/"checkpoint"/"compresslab").exists() and not (place/"compresslab").exists(): (place/"checkpoint"/"compresslab").rename(place/"compresslab")      # a tracker's logs
+    for logs in [p for n in ("compresslab", "wandb") for p in sorted((place/"checkpoint").rglob(n)) if p.is_dir()]:                                           # a tracker's
+        kept = place/"-".join(logs.relative_to(place/"checkpoint").parts)
+        if not kept.exists(): logs.rename(kept)
     shutil.rmtree(place/"checkpoint", ignore_errors=True)
 
 def _dtype(self) -> torch.dtype:
@@ -839,7 +871,22 @@ def _finish(self, rows):
         shutil.rmtree(final, ignore_errors=True); new.rename(final)
     if self.recipe.storage["keep"] == "final":
         for i in range(1, len(rows)): shutil.rmtree(self.place(i)/"model", ignore_errors=True)
-    _write(self.out/"summary.json", _summary(self, rows, final))
+    found = _summary(self, rows, final)
+    _write(self.out/"summary.json", found)
+    for name, text in (("summary.md", summary_markdown(found)), ("summary.html", summary_html(found))): _put(self.out/name, text)
+
+def _tasks(self, folder) -> dict:
+    "A model's scores on the recipe's tasks, once: what was scored is kept beside the summary."
+    e = self.recipe.evaluation
+    if not e["tasks"]: return {}
+    kept = json.loads((self.out/"tasks.json").read_text()) if (self.out/"tasks.json").exists() else {}
+    files = [sha256(f) for f in weight_files(folder)] if Path(folder).exists() else str(folder)
+    keys = {t: _digest(files, t, e["limit"], e["shots"], str(e["data"])) for t in e["tasks"]}
+    for task, key in keys.items():
+        if key in kept: continue
+        kept[key] = task_scores(str(folder), task, e["data"], e["limit"], e["shots"], device=self.device, progress=self.progress)[task]
+        _write(self.out/"tasks.json", kept)
+    return {t: kept[k] for t, k in keys.items()}
 
 def _summary(self, rows, final) -> dict:
     "What came out, in measured numbers: bytes of every stage, test scores of the first and the last, targets."
@@ -848,14 +895,17 @@ def _summary(self, rows, final) -> dict:
         for name, folder in dict(original=self.source, final=final).items():
             found = evaluate(load(folder, self.device), self.rows.get("test", find_tokenizer(str(folder)), self.context), progress=False)
             scores[name] = {k: v for k, v in vars(found).items() if k != "seconds"}
-    was, now = ((scores.get(k) or {}).get(score) for k in ("original", "final"))
-    retention = None if not was or not now else now/was if score == "top1" else was/now    # of a loss the original's over the final one's
+    tasks = {k: _tasks(self, folder) for k, folder in dict(original=self.source, final=final).items()}
+    task = score in tasks["final"]
+    was, now = (tasks[k][score]["value"] if task else (scores.get(k) or {}).get(score) for k in ("original", "final"))
+    retention = None if not was or now is None else now/was if task or score == "top1" else was/now    # of a loss the original's over the final one's
     ratio = first["stored_bytes"]/last["stored_bytes"]
     reached = dict(ratio=ratio, bytes=last["stored_bytes"], retained_accuracy=retention)
-    wanted = {k: v for k, v in self.recipe.target.items() if v is not None}
-    return dict(original_bytes=first["stored_bytes"], final_bytes=last["stored_bytes"], bytes_ratio=ratio, param_ratio=first["params"]/last["params"], score=score, retention=retention, test=scores,
+    reached |= {t: s["value"] for t, s in tasks["final"].items()}
+    wanted = {k: v for k, v in {**self.recipe.target, "tasks": None, **(self.recipe.target["tasks"] or {})}.items() if v is not None}
+    return dict(original_bytes=first["stored_bytes"], teacher_bytes=stored_bytes(self.teacher) if Path(self.teacher).exists() else first["stored_bytes"] if self.teacher == self.source else None, final_bytes=last["stored_bytes"], bytes_ratio=ratio, param_ratio=first["params"]/last["params"], score=score, retention=retention, test=scores, tasks=tasks,
                 targets=[dict(name=k, wanted=v, reached=reached[k], met=reached[k] is not None and (reached[k] <= v if k == "bytes" else reached[k] >= v)) for k, v in wanted.items()],
-                stages=[dict(name=r["row"]["name"], bytes_before=p["row"]["stored_bytes"], bytes_after=r["row"]["stored_bytes"], params=r["row"]["params"], nll=r["row"]["nll"], top1=r["row"]["top1"], seconds=r["row"]["seconds"], notes=r["notes"]) for p, r in zip(rows, rows[1:])])
+                stages=[dict(name=r["row"]["name"], bytes_before=p["row"]["stored_bytes"], bytes_after=r["row"]["stored_bytes"], params=r["row"]["params"], nll=r["row"]["nll"], top1=r["row"]["top1"], seconds=r["row"]["seconds"], predicted=q["bytes"], bound=q["bound"], notes=r["notes"]) for p, r, q in zip(rows, rows[1:], self.planned[1:])])
 
 def _go(self) -> Run:
     "Every stage, or what is left of them."
@@ -876,9 +926,41 @@ def _go(self) -> Run:
             before = self.place(i)/"model"; bar.update()
             ledger.rows = [Row(**f["row"]) for f in found[:i + 1]]; self.alone(lambda: ledger.save(self.out/"ledger.json"))
     self.alone(lambda: _finish(self, found))
-    return Run(self.out, ledger, json.loads((self.out/"summary.json").read_text()))
+    summary = json.loads((self.out/"summary.json").read_text())
+    if summary["tasks"]["final"]:
+        for row, which in ((ledger.rows[0], "original"), (ledger.rows[-1], "final")): row.scores = {t: s["value"] for t, s in summary["tasks"][which].items()}
+        self.alone(lambda: ledger.save(self.out/"ledger.json"))
+    return Run(self.out, ledger, summary)
 
 _Runner.go = _go
+
+# %% ../nbs/80_recipe.ipynb #e1d3757a
+def _shown(x) -> str: # A number for a person
+    return "-" if x is None else f"{x:,}" if isinstance(x, int) else f"{x:.4g}" if isinstance(x, float) else str(x)
+
+def summary_tables(s:dict) -> dict: # s: `Run.summary`; title -> rows, the first the header
+    "A summary as tables."
+    first, last = (s["test"].get(k) or {} for k in ("original", "final"))
+    bytes_of = [["original", s["original_bytes"]], *([["teacher", s["teacher_bytes"]]] if s["teacher_bytes"] not in (None, s["original_bytes"]) else []), ["final", s["final_bytes"]]]
+    out = {"Bytes": [["model", "stored bytes"], *bytes_of, ["bytes_ratio", s["bytes_ratio"]], ["param_ratio", s["param_ratio"]]],
+           "Stages": [["stage", "bytes before", "bytes after", "predicted", "difference", "parameters", "nll", "top-1", "seconds"], *([x["name"], x["bytes_before"], x["bytes_after"], x["predicted"], x["bytes_after"] - x["bytes_before"], x["params"], x["nll"], x["top1"], x["seconds"]] for x in s["stages"])]}
+    if first: out["Quality on test rows"] = [["score", "original", "final"], *([n, first[k], last[k]] for k, n in dict(top1="next-token accuracy", bpb="bits per byte", ppl="perplexity", nll="nll", tokens="tokens scored").items() if first.get(k) is not None)]
+    if s["tasks"]["final"]: out["Tasks"] = [["task", "metric", "original", "stderr", "final", "stderr", "rows", "shots", "prompts cut (original, final)"], *([t, b["metric"], a["value"], a["stderr"], b["value"], b["stderr"], b["n"], b["shots"], f"{a['truncated']}, {b['truncated']} of {b['prompts']}"] for t, b in s["tasks"]["final"].items() for a in [s["tasks"]["original"][t]])]
+    verdicts = [[t["name"], t["wanted"], t["reached"], "met" if t["met"] else "not met"] for t in s["targets"]]
+    out["Retention and targets"] = [["target", "wanted", "reached", ""], [f"retention of {s['score']}", None, s["retention"], ""], *verdicts]
+    return {title: [rows[0], *([_shown(x) for x in row] for row in rows[1:])] for title, rows in out.items()}
+
+def summary_markdown(s:dict) -> str:
+    line = lambda row: "| " + " | ".join(str(x).replace("|", "\\|") for x in row) + " |"
+    return "# Compression summary\n\n" + "\n\n".join("\n".join([f"## {title}", "", line(rows[0]), line(["---"]*len(rows[0])), *map(line, rows[1:])]) for title, rows in summary_tables(s).items()) + "\n"
+
+def summary_html(s:dict) -> str:
+    "One page that needs nothing else."
+    row = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{escape(str(x))}</{tag}>" for x in cells) + "</tr>"
+    body = "".join(f"<h2>{escape(title)}</h2><table><thead>{row('th', rows[0])}</thead><tbody>{''.join(row('td', r) for r in rows[1:])}</tbody></table>" for title, rows in summary_tables(s).items())
+    style = "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em;text-align:right}td:first-child,th:first-child{text-align:left}"
+    return f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Compression summary</title><style>{style}</style></head><body><h1>Compression summary</h1>{body}</body></html>"
+
 
 # %% ../nbs/80_recipe.ipynb #944d067d
 class Plan(list):
@@ -925,7 +1007,7 @@ def _run(self,
     if dry_run and not isinstance(model, (str, Path)):
         with tempfile.TemporaryDirectory() as d: return _Runner(self, save(model, Path(d)/"m"), data, d, "cpu", False).plan()
     runner = _Runner(self, model, data, out or ".", device, progress)
-    plan = runner.plan()
+    plan = runner.planned = runner.plan()
     if not dry_run: return runner.go()
     if runner.main: print(plan)
     return plan
@@ -992,7 +1074,6 @@ def from_reference(cls, source) -> Recipe: # A path, YAML text, or a dict
         if k not in known: raise ValueError(f"the configuration has no '{k}': {nearest(str(k), known, 'keys')}")
     block = {k: check_settings(k, found.get(k), REFERENCE[k]) for k in ("targets", "distillation", "finetune", "storage")}
     t, d, f = block["targets"], block["distillation"], block["finetune"]
-    if f["mmlu_target"]: raise ValueError("finetune: mmlu_target cannot be checked, because this version has no MMLU evaluation: leave it out, or use ppl_tolerance")
     b = _branches(found.get("mode"), found.get("branches") or {})
     if t["max_rank_fraction"] is not None and "lra" not in b: raise ValueError("targets: max_rank_fraction is of the branch lra, which this mode or recipe leaves out: add it, or leave the key out")
     stages = [("distillation.student", dict(hidden_size=b["kv"]["student_hidden"]))] if "kv" in b and b["kv"]["student_hidden"] else []
@@ -1004,6 +1085,6 @@ def from_reference(cls, source) -> Recipe: # A path, YAML text, or a dict
     if f["max_tokens"]: stages.append(("finetune", dict(tokens=f["max_tokens"], lr=f["learning_rate"], patience=f["patience"], ppl_tolerance=f["ppl_tolerance"])))
     elif "finetune" in found: raise ValueError("finetune needs max_tokens above 0")
     storage = dict(block["storage"]); out = storage.pop("out")
-    return cls(stages, found.get("model"), found.get("data"), dict(ratio=t["compression_ratio"], retained_accuracy=t["retained_accuracy"]), found.get("evaluation") or {}, found.get("logging") or {}, storage, out, found.get("seed", 0))
+    return cls(stages, found.get("model"), found.get("data"), dict(ratio=t["compression_ratio"], retained_accuracy=t["retained_accuracy"], tasks=dict(mmlu=f["mmlu_target"]) if f["mmlu_target"] else None), found.get("evaluation") or {}, found.get("logging") or {}, storage, out, found.get("seed", 0))
 
 Recipe.from_reference = from_reference

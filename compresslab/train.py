@@ -153,7 +153,7 @@ def fit(
     folder = Path(checkpoint) if checkpoint else None
     accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=accumulate, log_with=trackers,
                               project_dir=str(folder.parent) if folder else ".")
-    if trackers: accelerator.init_trackers("compresslab")
+    if trackers: accelerator.init_trackers("compresslab", init_kwargs=dict(wandb=dict(dir=str(accelerator.project_dir))))      # without network: WANDB_MODE=offline
     set_seed(seed)
     rows = min(batch_size, len(data))
     per_step = data[0]["input_ids"].numel()*rows*accumulate*accelerator.num_processes

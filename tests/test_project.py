@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [["data", "surgery", "train", "coding", "store", "ledger", "calibration", "allocation", "mixtures", "resizing"],
+FLOORS = [["data", "surgery", "train", "coding", "store", "ledger", "calibration", "allocation", "mixtures", "resizing", "tasks"],
           ["quant", "pruning", "lowrank", "distillation", "gist", "recursive", "pai"],
           ["resnetbk"],
-          ["recipe", "budget", "playbook"],
+          ["recipe", "ablation", "budget", "playbook"],
           ["report", "gallery", "sweep_config", "sweep", "cli"]]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = [p for p in sorted((ROOT/"compresslab").rglob("*.py")) if not p.name.startswith("_")]

@@ -105,7 +105,7 @@ KEYS = {
     "finetune.patience": (1, "train", "stages"), "finetune.ppl_tolerance": (5., "train", "stages"),
     "evaluation.timing": (True, "blt", "row"), "evaluation.score": ("nll", "blt", "summary"), "logging.trackers": ("tensorboard", "train", "logs"), "logging.progress": (True, "blt", "bars"),
     "storage.dtype": ("bfloat16", "blt", "file"), "storage.entropy": (True, "blt", "file"), "storage.keep": ("final", "blt", "folders"), "storage.out": ("other", "blt", "place")}
-ELSEWHERE = {"branches.lra.enable_tensor_lra", "branches.blt.multimodal", "finetune.mmlu_target"} # tests of their own below
+ELSEWHERE = {"branches.lra.enable_tensor_lra", "branches.blt.multimodal", "finetune.mmlu_target", "evaluation.tasks", "evaluation.limit", "evaluation.shots", "evaluation.data"} # tests of their own below
 
 
 def configured(key, value, branch):
@@ -180,9 +180,63 @@ def test_multimodal_takes_the_other_embeddings_too(taught, tmp_path):
     assert {*ranks[True]} - {*ranks[False]} == {"transformer.wpe"}
 
 
+def own_mmlu(folder):
+    for part, n in dict(dev=5, test=12).items():
+        (folder/"mmlu"/part).mkdir(parents=True); (folder/"mmlu"/part/f"letters_{part}.csv").write_text("".join(f'"{i} is?",a,b,c,d,{"ABCD"[i % 4]}\n' for i in range(n)))
+    return folder
+
+
+def test_tasks_are_scored_for_the_original_and_the_final_file(tiny, corpus, tmp_path, monkeypatch):
+    """`evaluation: {tasks, limit, shots, data}` and the reference's `mmlu_target`."""
+    pytest.importorskip("lm_eval", reason="pip install 'compresslab[eval]'")
+    from compresslab.tasks import task_scores
+    data = own_mmlu(tmp_path/"tasks")
+    config = dict(mode="blt", branches=dict(blt=dict(latent_dim=12)), data=dict(text=str(corpus), length=32, samples=2, train_tokens=2000, valid_tokens=200, test_tokens=200),
+                  finetune=dict(max_tokens=256, mmlu_target=.01), evaluation=dict(limit=8, shots=1, data=str(data), score="mmlu"), logging=dict(progress=False))
+    run = Recipe.from_yaml(config).run(tiny, out=tmp_path/"run", device="cpu")
+    original, final = (run.summary["tasks"][k]["mmlu"] for k in ("original", "final"))
+    assert (final["n"], final["shots"]) == (8, 1) and original == json.loads(json.dumps(task_scores(tiny, "mmlu", data, 8, 1, progress=False)["mmlu"]))
+    assert final == json.loads(json.dumps(task_scores(tmp_path/"run"/"model", "mmlu", data, 8, 1, progress=False)["mmlu"]))
+    assert run.summary["targets"] == [dict(name="mmlu", wanted=.01, reached=final["value"], met=final["value"] >= .01)] and run.ledger.rows[-1].scores == {"mmlu": final["value"]}
+    assert run.summary["retention"] == (final["value"]/original["value"] if original["value"] else None)
+    assert "| mmlu | acc |" in (tmp_path/"run"/"summary.md").read_text() and "<td>mmlu</td>" in (tmp_path/"run"/"summary.html").read_text()
+    monkeypatch.setattr("compresslab.recipe.task_scores", None)                                  # kept, not scored again; and no stage runs anew
+    assert Recipe.from_yaml(config).run(tiny, out=tmp_path/"run", device="cpu").summary == run.summary
+    monkeypatch.undo()
+    config["finetune"]["mmlu_target"], config["evaluation"]["shots"], config["evaluation"]["limit"], config["evaluation"]["tasks"] = 1.1, 0, 4, ["mmlu"]
+    other = Recipe.from_yaml(config).run(tiny, out=tmp_path/"run", device="cpu").summary
+    assert not other["targets"][0]["met"] and (other["tasks"]["final"]["mmlu"]["n"], other["tasks"]["final"]["mmlu"]["shots"]) == (4, 0) and "not met" in (tmp_path/"run"/"summary.md").read_text()
+
+
+def test_tasks_that_cannot_be_scored_are_refused_before_anything_runs(tiny, corpus, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="pip install 'compresslab[eval]'")
+    recipe = Recipe.from_yaml(dict(data=str(corpus), stages=["quant.rtn"], evaluation=dict(tasks="mmlu", data=str(tmp_path/"no"))))
+    with pytest.raises(FileNotFoundError, match="is no folder"): recipe.run(tiny, out=tmp_path/"run", device="cpu")
+    monkeypatch.setitem(sys.modules, "lm_eval", None); monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    recipe.evaluation["data"] = None
+    with pytest.raises(ImportError, match=r"compresslab\[eval\]"): recipe.run(tiny, out=tmp_path/"run", device="cpu")
+    assert not (tmp_path/"run"/"stages").exists()
+
+
+def test_wandb_logs_offline_beside_the_stage(taught, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="pip install 'compresslab[track]'")
+    monkeypatch.setenv("WANDB_MODE", "offline"); monkeypatch.chdir(tmp_path)
+    Recipe.from_yaml(dict(logging=dict(trackers=["wandb", "tensorboard"]), stages=[{"finetune": dict(tokens=512, batch_size=4)}])).run(*taught, tmp_path/"run", device="cpu", progress=False)
+    place = tmp_path/"run"/"stages"/"1-finetune"
+    assert [*place.glob("wandb/offline-run-*/*.wandb")] and [*place.rglob("events.out.tfevents*")] and not (tmp_path/"wandb").exists()
+
+
+def test_ablation_of_the_references_branches(taught, tmp_path):
+    from compresslab.ablation import ablate
+    config = dict(mode="all", branches=dict(blt=dict(latent_dim=12), lra=dict(rank=12)), finetune=dict(max_tokens=512))
+    table = ablate(config, *taught, tmp_path/"run", device="cpu", progress=False).set_index("left_out")
+    assert [*table.index] == ["nothing", "blt", "lra", "finetune"] and table.bytes["lra"] > table.bytes["nothing"] < table.bytes["blt"] and table.bytes["finetune"] == table.bytes["nothing"]
+    assert table.tokens.tolist() == [512, 512, 512, 0] and table.nll.notna().all() and "| lra |" in (tmp_path/"run"/"ablation.md").read_text()
+
+
 def test_what_this_version_cannot_do_is_refused():
     config = dict(mode="blt", branches=dict(blt=dict(latent_dim=8)))
-    for more, said in ((dict(finetune=dict(max_tokens=10, mmlu_target=.3)), "no MMLU evaluation"), (dict(evaluation=dict(tasks=["mmlu"])), "no setting 'tasks'"), (dict(logging=dict(trakers="wandb")), "did you mean 'trackers'")):
+    for more, said in ((dict(evaluation=dict(task=["mmlu"])), "did you mean 'tasks'"), (dict(logging=dict(trakers="wandb")), "did you mean 'trackers'")):
         with pytest.raises(ValueError, match=said): Recipe.from_yaml({**config, **more})
 
 
