@@ -302,7 +302,7 @@ def open_studio(
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = False,
 ):
-    "Watch the cache compress: original and compressed model side by side, in a browser. Needs the extra [app]."
+    "Watch the cache compress: original and compressed model side by side, in a browser. Needs the extra app."
     from compresslab.recursive.studio import studio
     studio(model, host=host, port=port, device=device or default_device(), inbrowser=browser)
 
