@@ -60,8 +60,8 @@ def test_multiple_choice_agrees_with_direct_computation(stories260k, shared):
 
 def test_last_words_agree_with_direct_computation_and_long_prompts_are_counted(stories260k, shared, tmp_path):
     model, tokenizer, _ = stories260k
-    stories = [s.strip() for s in (shared("tinystories")/"valid.txt").read_text().split("<|endoftext|>") if len(s.split()) > 60][:12]
-    texts = [" ".join(s.split()[:n]).rstrip(".,!?\"") for s, n in zip(stories, [20, 40, 60]*4)] + ["Once upon a time", "Once upon a time, there was a little girl named Lily"] + [" ".join(" ".join(stories).split()[:900])]
+    words = (shared("tinystories")/"valid.txt").read_text().replace("<|endoftext|>", " ").split()
+    texts = [" ".join(words[150*i:150*i + n]).rstrip(".,!?\"") for i, n in enumerate([20, 40, 60]*4)] + ["Once upon a time", "Once upon a time, there was a little girl named Lily", " ".join(words[:900])]
     (tmp_path/"lambada").mkdir(); (tmp_path/"lambada"/"lambada_test.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in texts))
     found = task_scores(model, "lambada", tmp_path, tokenizer=tokenizer, progress=False)["lambada"]
     direct = [logp(model, tokenizer, t.rpartition(" ")[0], " " + t.rpartition(" ")[2]) for t in texts]
