@@ -22,6 +22,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import rotate_half
 
+from ..quant.kv import BlockFormat
 from .cluster import CELLS, Clustering, ThresholdModulator, first_leaders, percentile_so_far
 from ..store import replacement, swap
 
@@ -287,11 +288,13 @@ class LayerPlan:
     residual_bits:int=0 # Of the residuals of members; 0: there are none
     residual_sparsity:float=.5 # Share of the numbers of each head's key and value that a residual leaves out
     residual_gate:float=.99 # Members that join at less similarity than this get one
+    cluster_bits:int=0 # Of a number of the mean keys and values, 2 to 8; 0: the model's own numbers
 
     def __post_init__(self):
         for name, least in (("recent", 0), ("block", 1), ("window", 1), ("sinks", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least: raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of {least} or more")
         if self.residual_bits not in (0, 1, 2, 4, 8): raise ValueError(f"residual_bits={self.residual_bits!r} is not supported: use 1, 2, 4 or 8, or 0 for none")
+        if self.cluster_bits not in (0, *range(2, 9)): raise ValueError(f"cluster_bits={self.cluster_bits!r} is not supported: use 2 to 8, or 0 for the model's own numbers")
         if not 0 <= self.residual_sparsity < 1: raise ValueError(f"residual_sparsity={self.residual_sparsity!r} must be at least 0 and below 1")
         if not -1 <= self.residual_gate < 1: raise ValueError(f"residual_gate={self.residual_gate!r} is a similarity, from -1 to below 1")
         self.clustering()                                                                            # checks the rest
@@ -299,28 +302,32 @@ class LayerPlan:
 
     def clustering(self): return Clustering(self.similarity_threshold, self.percentile, self.floor, window=self.window, position_weight=self.position_weight)
     def clustering2(self): return Clustering(self.level2_threshold, None, self.floor, window=2**30, position_weight=0)
+    def storage(self): return (lambda width: BlockFormat(self.cluster_bits, min(32, width), "token", width)) if self.cluster_bits else None # a scale for each token, of 32 numbers at most
 
 # %% ../../nbs/recursive/61_layer.ipynb #ef4a9803
 class Packed:
     "A level whose keys and values rest in the form of `storage`."
     def __init__(self, level:Level, storage):
         self.size, self.dtype, self.rest, self.stored = level.counts.shape[1], level.keys.dtype, level.tensors[2:], []
+        self.straight = [level.keys, level.values] if torch.is_grad_enabled() and level.keys.requires_grad else []
         for x in (level.keys, level.values):
             form = storage(x.shape[3])
             self.stored.append((form, form.quantize(F.pad(x, (0, 0, 0, -self.size % form.group_size)))))
-    def unpack(self): return Level(*(form.dequantize(*ts)[:, :, :self.size].to(self.dtype) for form, ts in self.stored), *self.rest)
+    def unpack(self):
+        told = [form.dequantize(*ts)[:, :, :self.size].to(self.dtype) for form, ts in self.stored]
+        return Level(*([t + x - x.detach() for t, x in zip(told, self.straight)] or told), *self.rest)
     def map(self, change):
         new = copy.copy(self)
-        new.rest, new.stored = [change(t) for t in self.rest], [(form, [change(t) for t in ts]) for form, ts in self.stored]
+        new.rest, new.straight, new.stored = [change(t) for t in self.rest], [change(t) for t in self.straight], [(form, [change(t) for t in ts]) for form, ts in self.stored]
         return new
-    tensors = property(lambda self: [t for _, ts in self.stored for t in ts] + self.rest)
+    tensors = property(lambda self: [t for _, ts in self.stored for t in ts] + self.rest + self.straight)
 
 # %% ../../nbs/recursive/61_layer.ipynb #ed8a209d
 class ClusteredTokens(CacheLayerMixin):
     "Clusters and recent tokens of one layer."
     is_sliding, is_croppable = False, False
     def __init__(self, plan:LayerPlan, storage=None): # storage(head_dim): a form for the clusters
-        self.plan, self.storage, self.record = plan, storage, False                          # record: keep what became of each token, in `history`
+        self.plan, self.storage, self.record = plan, storage or plan.storage(), False                          # record: keep what became of each token, in `history`
         self.reset()
 
     def reset(self):
@@ -392,7 +399,7 @@ class ClusteredLayer(ClusteredTokens):
         self.levels, self.residuals = [self._rest(l) for l in levels], left
         self.recent = {k: (t[:, :, C:] if t.ndim == 4 else t[:, C:]).clone() for k, t in r.items()}
 
-    def _rest(self, level): return level if self.storage is None else Packed(level, self.storage)
+    def _rest(self, level): return Packed(level, self.storage) if self.storage is not None and level.counts.shape[1] else level
 
     def _note(self, happened, new):
         "Metrics; the contrastive loss of tokens that joined; the history, if wanted."
@@ -551,6 +558,7 @@ class RecursiveCompression:
     residual_bits:int=4 # Of a number of a residual: 1, 2, 4 or 8
     residual_sparsity:float=.5 # Share of a residual's numbers that are left out
     residual_gate:float=.99 # Members that join at less similarity than this get one
+    cluster_bits:int=0 # Of a number of the mean keys and values, 2 to 8; 0: the model's own numbers
 
     def plans(self, layers:int) -> dict[int, LayerPlan]:
         "Layer -> plan, checked."
@@ -560,7 +568,7 @@ class RecursiveCompression:
         taus = self.similarity_threshold if isinstance(self.similarity_threshold, (tuple, list)) else [self.similarity_threshold]*len(which)
         if len(taus) != len(which): raise ValueError(f"{len(taus)} similarity thresholds for {len(which)} layers")
         return {i: LayerPlan(t, self.adaptive_threshold, self.floor, self.recent, self.block, self.window, self.sinks, self.position_weight, self.level2_threshold,
-                             self.residual_bits if self.use_residuals else 0, self.residual_sparsity, self.residual_gate) for i, t in zip(which, taus)}
+                             self.residual_bits if self.use_residuals else 0, self.residual_sparsity, self.residual_gate, self.cluster_bits) for i, t in zip(which, taus)}
 
     def apply(self, model): # A transformers causal language model; changed in place, returned
         "Compress the cache of a model. Applied again, it changes the settings and keeps what was learned."
