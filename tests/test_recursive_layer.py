@@ -95,8 +95,9 @@ def test_a_changed_token_changes_no_logit_before_it(subjects, name, option):
         one, two = (model(x, use_cache=False).logits for x in (ids, other))
         assert torch.equal(one[:, :70], two[:, :70]) and not torch.equal(one[:, 70], two[:, 70])
         assert not torch.equal(one, original(ids).logits)
-        cache = DynamicCache(config=model.config); pieces = torch.cat([model(ids[:, a:a + 1], past_key_values=cache).logits for a in range(96)], 1)
-    torch.testing.assert_close(pieces, one, atol=2e-3, rtol=2e-3)
+        cache = DynamicCache(config=model.config); pieces = torch.cat([model(ids[:, a:a + n], past_key_values=cache).logits for a, n in ((0, 63), (63, 1), (64, 1), (65, 7), (72, 24))], 1)
+    near = dict(atol=3e-2, rtol=3e-2) if "cluster_bits" in OPTIONS[option] else dict(atol=2e-3, rtol=2e-3)         # a number that rounds the other way is a whole step of the grid away
+    torch.testing.assert_close(pieces, one, **near)
 
 
 def memory(x, found, seen):
