@@ -222,9 +222,11 @@ def recursive_train(
     window: Annotated[int, typer.Option(help="Tokens in which a cluster must grow to go on growing.")] = 256,
     recent: Annotated[int, typer.Option(help="Tokens that stay as they are.")] = 32,
     use_residuals: Annotated[bool, typer.Option("--use-residuals", help="Keep of merged tokens what their cluster does not say.")] = False,
-    residual_bits: Annotated[int, typer.Option(help="Of a number of a residual: 1, 2, 4 or 8.")] = 4,
-    residual_sparsity: Annotated[float, typer.Option(help="Share of a residual's numbers that are left out.")] = .5,
-    residual_gate: Annotated[float, typer.Option(help="Tokens that merge at less similarity than this get a residual.")] = .99,
+    residual_bits: Annotated[Optional[int], typer.Option(help="Of a number of a residual: 1, 2, 4 or 8. [default: 4]")] = None,
+    residual_sparsity: Annotated[Optional[float], typer.Option(help="Share of a residual's numbers that are left out. [default: 0.5]")] = None,
+    residual_gate: Annotated[Optional[float], typer.Option(help="Tokens that merge at less similarity than this get a residual. [default: 0.99]")] = None,
+    position_weight: Annotated[float, typer.Option(help="Of nearness in the text, beside similarity.")] = 0.,
+    cluster_bits: Annotated[int, typer.Option(help="Quantize the clusters to this many bits, 2 to 8; 0: the model's own numbers.")] = 0,
     contrastive_weight: Annotated[float, typer.Option(help="Of the loss that separates clusters.")] = .1,
     parachute: Annotated[bool, typer.Option("--parachute", help="Loosen thresholds when quality falls.")] = False,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
@@ -234,10 +236,12 @@ def recursive_train(
     from compresslab.data import documents, pack
     from compresslab.recursive.training import Parachute, finetune, write_metrics
     from compresslab.store import check_replaceable, find_tokenizer, model_path
+    residuals = {k: v for k, v in dict(residual_bits=residual_bits, residual_sparsity=residual_sparsity, residual_gate=residual_gate).items() if v is not None}
+    if residuals and not use_residuals: raise typer.BadParameter(f"--{next(iter(residuals)).replace('_', '-')} does nothing without --use-residuals")
+    if not epochs and (parachute or freeze_base): raise typer.BadParameter(f"{'--parachute' if parachute else '--freeze-base'} does nothing without training: --epochs is 0")
     path = model_path(model); check_replaceable(output)
     layers = None if compression_layers is None else tuple(int(i) for i in compression_layers.split(","))
-    setting = cl.RecursiveCompression(layers, similarity_threshold, adaptive_threshold, level2_threshold, recent=recent, window=window, use_residuals=use_residuals,
-                                      residual_bits=residual_bits, residual_sparsity=residual_sparsity, residual_gate=residual_gate)
+    setting = cl.RecursiveCompression(layers, similarity_threshold, adaptive_threshold, level2_threshold, recent=recent, window=window, position_weight=position_weight, use_residuals=use_residuals, cluster_bits=cluster_bits, **residuals)
     loaded = cl.load(path, device or default_device()).float()
     if epochs:
         blocks = pack(documents(data), find_tokenizer(path), max_length, max_tokens=max_tokens)
@@ -275,23 +279,25 @@ def recursive_generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    parachute: Annotated[bool, typer.Option("--parachute", help="Loosen thresholds where the surprisal of what is written rises.")] = False,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
 ):
     "Write on, from a cache of clusters."
     import torch
     import compresslab as cl
     from transformers import DynamicCache
-    from compresslab.recursive.training import cache_metrics, recursive_modules
+    from compresslab.recursive.training import SurprisalParachute, cache_metrics, recursive_modules
     from compresslab.store import find_tokenizer, model_path
     path = model_path(folder)
     model, tokenizer = cl.load(path, device or default_device()), find_tokenizer(path); recursive_modules(model)
     torch.manual_seed(seed)
     inputs, cache = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device), DynamicCache(config=model.config)
     how = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False)
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id or 0, **how)
+    watcher = [SurprisalParachute(model)] if parachute else []
+    out = model.generate(**inputs, logits_processor=watcher, past_key_values=cache, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id or 0, **how)
     typer.echo(tokenizer.decode(out[0], skip_special_tokens=True))
     m = cache_metrics(cache)
-    typer.echo(f"{cache.get_seq_length()} tokens in {m['kv_bytes']:,} bytes of cache, {m['kv_bytes']/m['full_bytes']:.1%} of {m['full_bytes']:,}", err=True)
+    typer.echo(f"{cache.get_seq_length()} tokens in {m['kv_bytes']:,} bytes of cache, {m['kv_bytes']/m['full_bytes']:.1%} of {m['full_bytes']:,}" + (f"; the parachute shifted the thresholds by {watcher[0].parachute.history[-1]['shift']:+.3f}" if watcher and watcher[0].parachute.history else ""), err=True)
 
 # %% ../nbs/92_cli.ipynb #7f805ad6
 @app.command("studio")

@@ -132,6 +132,8 @@ class ThresholdModulator(nn.Module):
         super().__init__()
         self.weight, self.bias, self.span = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(())), span
 
+    def says(self) -> bool: return bool(self.weight.any() or self.bias) # something yet
+
     def forward(self, hidden): # (B, N, D) -> (B, N) float32; computed in float64, so that other shapes round alike
         return (self.span*torch.tanh((directions(hidden).double()*self.weight.double()).sum(-1)*self.weight.numel()**.5 + self.bias.double())).float()
 

@@ -22,6 +22,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import rotate_half
 
+from ..quant.kv import BlockFormat
 from .cluster import CELLS, Clustering, ThresholdModulator, first_leaders, percentile_so_far
 from ..store import replacement, swap
 
@@ -287,11 +288,13 @@ class LayerPlan:
     residual_bits:int=0 # Of the residuals of members; 0: there are none
     residual_sparsity:float=.5 # Share of the numbers of each head's key and value that a residual leaves out
     residual_gate:float=.99 # Members that join at less similarity than this get one
+    cluster_bits:int=0 # Of a number of the mean keys and values, 2 to 8; 0: the model's own numbers
 
     def __post_init__(self):
         for name, least in (("recent", 0), ("block", 1), ("window", 1), ("sinks", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least: raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of {least} or more")
         if self.residual_bits not in (0, 1, 2, 4, 8): raise ValueError(f"residual_bits={self.residual_bits!r} is not supported: use 1, 2, 4 or 8, or 0 for none")
+        if self.cluster_bits not in (0, *range(2, 9)): raise ValueError(f"cluster_bits={self.cluster_bits!r} is not supported: use 2 to 8, or 0 for the model's own numbers")
         if not 0 <= self.residual_sparsity < 1: raise ValueError(f"residual_sparsity={self.residual_sparsity!r} must be at least 0 and below 1")
         if not -1 <= self.residual_gate < 1: raise ValueError(f"residual_gate={self.residual_gate!r} is a similarity, from -1 to below 1")
         self.clustering()                                                                            # checks the rest
@@ -299,33 +302,38 @@ class LayerPlan:
 
     def clustering(self): return Clustering(self.similarity_threshold, self.percentile, self.floor, window=self.window, position_weight=self.position_weight)
     def clustering2(self): return Clustering(self.level2_threshold, None, self.floor, window=2**30, position_weight=0)
+    def storage(self): return (lambda width: BlockFormat(self.cluster_bits, min(32, width), "token", width)) if self.cluster_bits else None # a scale for each token, of 32 numbers at most
 
 # %% ../../nbs/recursive/61_layer.ipynb #ef4a9803
 class Packed:
     "A level whose keys and values rest in the form of `storage`."
     def __init__(self, level:Level, storage):
         self.size, self.dtype, self.rest, self.stored = level.counts.shape[1], level.keys.dtype, level.tensors[2:], []
+        self.straight = [level.keys, level.values] if torch.is_grad_enabled() and level.keys.requires_grad else []
         for x in (level.keys, level.values):
             form = storage(x.shape[3])
             self.stored.append((form, form.quantize(F.pad(x, (0, 0, 0, -self.size % form.group_size)))))
-    def unpack(self): return Level(*(form.dequantize(*ts)[:, :, :self.size].to(self.dtype) for form, ts in self.stored), *self.rest)
+    def unpack(self):
+        told = [form.dequantize(*ts)[:, :, :self.size].to(self.dtype) for form, ts in self.stored]
+        return Level(*([t + x - x.detach() for t, x in zip(told, self.straight)] or told), *self.rest)
     def map(self, change):
         new = copy.copy(self)
-        new.rest, new.stored = [change(t) for t in self.rest], [(form, [change(t) for t in ts]) for form, ts in self.stored]
+        new.rest, new.straight, new.stored = [change(t) for t in self.rest], [change(t) for t in self.straight], [(form, [change(t) for t in ts]) for form, ts in self.stored]
         return new
-    tensors = property(lambda self: [t for _, ts in self.stored for t in ts] + self.rest)
+    tensors = property(lambda self: [t for _, ts in self.stored for t in ts] + self.rest + self.straight)
 
 # %% ../../nbs/recursive/61_layer.ipynb #ed8a209d
 class ClusteredTokens(CacheLayerMixin):
     "Clusters and recent tokens of one layer."
     is_sliding, is_croppable = False, False
     def __init__(self, plan:LayerPlan, storage=None): # storage(head_dim): a form for the clusters
-        self.plan, self.storage, self.record = plan, storage, False                          # record: keep what became of each token, in `history`
+        self.plan, self.storage, self.record = plan, storage or plan.storage(), False                          # record: keep what became of each token, in `history`
         self.reset()
 
     def reset(self):
         "Forget all tokens."
         self.levels, self.recent, self.residuals, self.histogram, self.columns, self.is_initialized = [], None, None, None, 0, False
+        self.late, self.whole = [], True                                                    # what `gather` has still to write down; no padding so far
         self.tally, self.contrast, self.history = torch.zeros(3, dtype=torch.float64), [], []   # decided, joined, sum of thresholds
 
     def lazy_initialization(self, key_states, value_states):
@@ -344,8 +352,17 @@ class ClusteredTokens(CacheLayerMixin):
     def get_max_length(self): return -1
     def get_mask_sizes(self, query_length): return self.columns + query_length, 0
 
+    def gather(self):
+        "Marks, positions and corrections of the tokens that came since the last time: written down together, because single tokens come often."
+        if not self.late: return self.recent
+        new = [dict(weights=torch.ones_like(position, dtype=torch.uint8) if real is None else real.to(torch.uint8), position=position.int(), change=change) for real, position, change in self.late]
+        self.recent |= {k: torch.cat([self.recent[k], *(n[k] for n in new)], 1) for k in new[0]}
+        self.late = []
+        return self.recent
+
     def _batch(self, change):
         if not self.is_initialized: return
+        self.gather()
         self.levels, self.recent = [l.map(change) for l in self.levels], {k: change(t) for k, t in self.recent.items()}
         if self.histogram is not None: self.histogram = change(self.histogram)
         if self.residuals is not None: self.residuals = self.residuals.map(change)
@@ -356,7 +373,7 @@ class ClusteredTokens(CacheLayerMixin):
     def crop(self, tokens_to_remove):
         if tokens_to_remove: raise ValueError("merged tokens cannot be removed again: use a plain cache for assisted decoding")
 
-    tensors = property(lambda self: [] if not self.is_initialized else [t for l in self.levels for t in l.tensors] + [*self.recent.values()] + ([] if self.histogram is None else [self.histogram]) + ([] if self.residuals is None else self.residuals.tensors))
+    tensors = property(lambda self: [] if not self.is_initialized else [t for l in self.levels for t in l.tensors] + [*self.gather().values()] + ([] if self.histogram is None else [self.histogram]) + ([] if self.residuals is None else self.residuals.tensors))
     nbytes = property(lambda self: sum(t.numel()*t.element_size() for t in self.tensors)) # of all that is kept between calls
     clusters = property(lambda self: sum((unpacked(l).counts > 0).sum(1).float().mean().item() for l in self.levels) if self.is_initialized else 0.) # of a row, on average
     apart = property(lambda self: 0. if self.residuals is None else (self.residuals.owner >= 0).sum(1).float().mean().item()) # members with residuals, of a row, on average
@@ -366,15 +383,15 @@ def unpacked(level): return level.unpack() if isinstance(level, Packed) else lev
 # %% ../../nbs/recursive/61_layer.ipynb #12a1fc21
 class ClusteredLayer(ClusteredTokens):
     "Clusters and recent tokens that take new tokens and answer queries."
-    def append(self, keys, values, real, position, change): # (B, H, n, d) turned, (B, n) bool, (B, n), (B, n) float
+    def append(self, keys, values, real, position, change): # (B, H, n, d) turned, (B, n) bool or None, (B, n), (B, n) float
         "New tokens, which become recent."
-        new = dict(keys=keys, values=values, weights=real.to(torch.uint8), position=position.int(), change=change)
-        self.recent = {k: torch.cat((self.recent[k], x), 2 if x.ndim == 4 else 1) for k, x in new.items()}
+        self.recent |= dict(keys=torch.cat((self.recent["keys"], keys), 2), values=torch.cat((self.recent["values"], values), 2))
+        self.late.append((real, position, change)); self.whole &= real is None
         self.columns += keys.shape[2]
 
     def settle(self, rotation):
         "The oldest `block` recent tokens join clusters; clusters that can take no more join those of level 2."
-        p, C, r = self.plan, self.plan.block, self.recent
+        p, C, r = self.plan, self.plan.block, self.gather()
         old = {k: t[:, :, :C] if t.ndim == 4 else t[:, :C] for k, t in r.items()}
         levels, position = [unpacked(l) for l in self.levels], old["position"]
         new = Newcomers(turn_back(old["keys"], rotation(position)), old["values"], old["weights"].int(), position, position, old["change"])
@@ -392,7 +409,7 @@ class ClusteredLayer(ClusteredTokens):
         self.levels, self.residuals = [self._rest(l) for l in levels], left
         self.recent = {k: (t[:, :, C:] if t.ndim == 4 else t[:, C:]).clone() for k, t in r.items()}
 
-    def _rest(self, level): return level if self.storage is None else Packed(level, self.storage)
+    def _rest(self, level): return Packed(level, self.storage) if self.storage is not None and level.counts.shape[1] else level
 
     def _note(self, happened, new):
         "Metrics; the contrastive loss of tokens that joined; the history, if wanted."
@@ -411,8 +428,9 @@ class ClusteredLayer(ClusteredLayer):
         entries, weights = [(l.keys, l.values) for l in levels], [l.counts for l in levels]
         if self.residuals is not None and self.residuals.owner.numel(): entries.append(self.residuals.entries(levels[0], self.form, rotation)); weights.append((self.residuals.owner >= 0).int())
         keys, values = (torch.cat(x, 2) for x in zip(*entries, (self.recent["keys"], self.recent["values"])))
-        counts, T = torch.cat([*weights, self.recent["weights"].int()], 1), self.recent["keys"].shape[2]
-        bias = counts.to(query.dtype).log().masked_fill(counts == 0, least)[:, None, None]              # (B, 1, 1, K)
+        T = self.recent["keys"].shape[2]
+        counts = torch.cat([*weights, *([] if self.whole else [self.gather()["weights"].int()])], 1) if len(weights) > 1 or not self.whole else weights[0]
+        bias = F.pad(counts.to(query.dtype).log().clamp(min=least), (0, keys.shape[2] - counts.shape[1]))[:, None, None] # (B, 1, 1, K)
         if n > 1:
             later = torch.ones(n, T, dtype=torch.bool, device=query.device).triu(T - n + 1)
             bias = bias.expand(-1, -1, n, -1).masked_fill(F.pad(later, (keys.shape[2] - T, 0)), least)
@@ -424,9 +442,12 @@ class ClusteredLayer(ClusteredLayer):
         "New tokens, in pieces that end where a block settles: append, read, settle."
         if not self.is_initialized: self.lazy_initialization(keys, values)
         out, at, full = [], 0, self.plan.recent + self.plan.block
+        if query.shape[2] < full - self.recent["keys"].shape[2]:                                   # nothing settles
+            self.append(keys, values, real, position, change)
+            return self.read(query, scaling, rotation, dropout)
         while at < query.shape[2]:
             part = slice(at, at + full - self.recent["keys"].shape[2])
-            self.append(keys[:, :, part], values[:, :, part], real[:, part], position[:, part], change[:, part])
+            self.append(keys[:, :, part], values[:, :, part], None if real is None else real[:, part], position[:, part], change[:, part])
             out.append(self.read(query[:, :, part], scaling, rotation, dropout))
             if self.recent["keys"].shape[2] == full: self.settle(rotation)
             at = part.stop
@@ -484,13 +505,14 @@ class RecursiveAttention(nn.Module):
         return cache.layers[self.layer_idx]
 
     def forward(self, hidden_states, *args, past_key_values=None, attention_mask=None, **kwargs):
-        real, layer = real_tokens(attention_mask, *hidden_states.shape[:2], hidden_states.device), self.layer_of(past_key_values)
+        real = None if attention_mask is None else real_tokens(attention_mask, *hidden_states.shape[:2], hidden_states.device)
+        layer = self.layer_of(past_key_values)
         position = kwargs.get("position_ids")
         if position is None: position = layer.columns + torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        change = self.shift.float().expand(hidden_states.shape[:2])
-        if self.modulator is not None: change = change + self.modulator(hidden_states)
+        change = (self.shift + 0.).float().expand(hidden_states.shape[:2])                         # a copy: the parachute may turn it before the tokens settle
+        if self.modulator is not None and (torch.is_grad_enabled() or self.modulator.says()): change = change + self.modulator(hidden_states)
         if self.watching is not None: self.watching.append(layer)
-        self.call = layer, real, position.expand(len(real), -1), change
+        self.call = layer, real, position.expand(len(hidden_states), -1), change
         try: return super().forward(hidden_states, *args, past_key_values=None, attention_mask=attention_mask, **kwargs)
         finally: self.call = None
 
@@ -551,6 +573,7 @@ class RecursiveCompression:
     residual_bits:int=4 # Of a number of a residual: 1, 2, 4 or 8
     residual_sparsity:float=.5 # Share of a residual's numbers that are left out
     residual_gate:float=.99 # Members that join at less similarity than this get one
+    cluster_bits:int=0 # Of a number of the mean keys and values, 2 to 8; 0: the model's own numbers
 
     def plans(self, layers:int) -> dict[int, LayerPlan]:
         "Layer -> plan, checked."
@@ -560,7 +583,7 @@ class RecursiveCompression:
         taus = self.similarity_threshold if isinstance(self.similarity_threshold, (tuple, list)) else [self.similarity_threshold]*len(which)
         if len(taus) != len(which): raise ValueError(f"{len(taus)} similarity thresholds for {len(which)} layers")
         return {i: LayerPlan(t, self.adaptive_threshold, self.floor, self.recent, self.block, self.window, self.sinks, self.position_weight, self.level2_threshold,
-                             self.residual_bits if self.use_residuals else 0, self.residual_sparsity, self.residual_gate) for i, t in zip(which, taus)}
+                             self.residual_bits if self.use_residuals else 0, self.residual_sparsity, self.residual_gate, self.cluster_bits) for i, t in zip(which, taus)}
 
     def apply(self, model): # A transformers causal language model; changed in place, returned
         "Compress the cache of a model. Applied again, it changes the settings and keeps what was learned."
