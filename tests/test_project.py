@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [["data", "surgery", "train", "coding", "store", "ledger", "calibration", "allocation", "mixtures", "resizing", "tasks"],
-          ["quant", "pruning", "lowrank", "distillation", "gist", "recursive", "pai"],
-          ["resnetbk"],
+          ["quant", "pruning", "lowrank", "distillation", "gist", "pai"],
+          ["recursive", "resnetbk"],
           ["recipe", "ablation", "budget", "playbook"],
           ["report", "gallery", "sweep_config", "sweep", "cli"]]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
