@@ -35,7 +35,7 @@ def keep(
     if record["status"] != "finished": raise ValueError(f"{run} is {record['status']}, not finished: run the report again, it goes on where it was")
     place = folder/"kept"/f"{record['report']}-{record['profile']}"; new = place.with_name(f".{place.name}")
     shutil.rmtree(new, ignore_errors=True); new.mkdir(parents=True)
-    for name in ("report.html", "metrics.json", "run.json"): shutil.copy(run/name, new/name)
+    for name in ("report.html", "metrics.json", "run.json"): (new/name).write_text((run/name).read_text(encoding="utf-8").replace(str(run.absolute()), run.name), encoding="utf-8") # where it lay is nobody's business
     if figures := sorted(run.glob("*.png"), key=lambda p: p.stat().st_mtime_ns): shutil.copy(figures[-1], new/"figure.png")
     shutil.rmtree(place, ignore_errors=True); new.rename(place)
     return place
