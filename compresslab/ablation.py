@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .recipe import Recipe, processes, read_yaml
+from .recipe import Recipe, markdown_table, processes, read_yaml, shown
 
 # %% ../nbs/80b_ablation.ipynb #5437bd3f
 def _tokens(stages) -> float: return sum(s.get("tokens") or 0 for _, s in stages)
@@ -92,14 +92,12 @@ def ablate(
 
 def ablation_text(table:pd.DataFrame) -> str: # Markdown
     "The table for a person: what each run has, and by how much bytes and scores differ from the whole recipe's."
-    from compresslab.recipe import _shown
     columns = [c for c in table.columns if c not in ("said", "retention", "param_ratio") and table[c].notna().any()]; first = table.iloc[0]
     def cell(row, c):
         if pd.isna(row[c]): return "-"
         if c == "left_out": return str(row[c])
         value = int(row[c]) if c in ("bytes", "tokens") else float(row[c])
         change = "" if row.left_out == first.left_out or c in ("tokens", "bytes_ratio") else f" ({value - first[c]:+,.0f})" if c == "bytes" else f" ({value - first[c]:+.4f})"
-        return _shown(value) + change
-    lines = [columns, ["---"]*len(columns), *([cell(r, c) for c in columns] for r in table.itertuples(index=False) for r in [pd.Series(r._asdict())])]
+        return shown(value) + change
     notes = [f"- {r.left_out} cannot be left out: {r.said}" for r in table.itertuples() if r.said]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + ("\n\n" + "\n".join(notes) if notes else "") + "\n"
+    return markdown_table([columns, *([cell(r, c) for c in columns] for _, r in table.iterrows())]) + ("\n\n" + "\n".join(notes) if notes else "") + "\n"

@@ -154,7 +154,6 @@ def filled(twin, shape:dict, fits) -> tuple[dict, int|None]: # fits(shape, rank)
     n = highest(lambda n: fits(dict(shape, intermediate_size=8*n), rank), shape["intermediate_size"]//8, mlp_width(twin)[1]//8 + 1)
     return dict(shape, intermediate_size=max(8*n, shape["intermediate_size"])), rank
 
-
 # %% ../nbs/81_budget.ipynb #4df693c8
 def fitting_student(twin, budget:int, tokens:float, entropy:bool=False) -> list|None: # Stages; None where none fits
     "The widest student that a budget holds, filled up."

@@ -20,7 +20,7 @@ from typing import Annotated, Optional
 import typer
 import yaml
 
-app = typer.Typer(name="compresslab", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(name="compresslab", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown", # rich's own would take [default: ...] for a style
                   help="Compress transformer language models, and know exactly what you got. Add --debug to any command to see a full error.")
 data_app = typer.Typer(no_args_is_help=True, help="The text that models are calibrated and measured on.")
 app.add_typer(data_app, name="data")
@@ -308,7 +308,7 @@ def open_studio(
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = False,
 ):
-    "Watch the cache compress: original and compressed model side by side, in a browser. Needs the extra app."
+    "Watch the cache compress: original and compressed model side by side, in a browser. Needs the extra [app]."
     from compresslab.recursive.studio import studio
     studio(model, host=host, port=port, device=device or default_device(), inbrowser=browser)
 
@@ -371,7 +371,6 @@ def evaluate_tasks(
     from compresslab.tasks import task_scores, task_table
     scores = task_scores(model, [t.strip() for t in tasks.split(",") if t.strip()], data, limit, shots, batch_size, device=device or default_device(), progress=not as_json)
     typer.echo(json.dumps(scores, indent=1) if as_json else "\n" + task_table(scores).to_string(index=False, float_format="{:.4f}".format))
-
 
 # %% ../nbs/92_cli.ipynb #8ff48ed1
 SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's file, or the name of one that exists.")]

@@ -6,7 +6,7 @@ Docs: https://compresslab.github.io/compresslab/data.html.md"""
 
 # %% auto #0
 __all__ = ['END', 'SPLIT_WORDS', 'HUB', 'TABLES', 'TEXTS', 'project_root', 'settings', 'data_root', 'local_path', 'not_found',
-           'hash_split', 'python_stdlib', 'parse_text', 'claimed_split', 'cut_pool', 'split_name', 'hub_answers',
+           'hash_split', 'python_stdlib', 'parse_text', 'claimed_split', 'cut', 'cut_pool', 'split_name', 'hub_answers',
            'ask_hub', 'hub_rows', 'documents', 'squad', 'scitldr', 'Blocks', 'start_token', 'windows', 'pack',
            'calibration_blocks', 'available', 'fetch']
 
@@ -105,20 +105,25 @@ def claimed_split(
     "`train.txt` is train, `wiki.valid.raw` and `dev.jsonl` are valid, `book.txt` claims nothing."
     return next((SPLIT_WORDS[w] for w in re.split(r"[^a-z]+", file.name.lower()) if w in SPLIT_WORDS), None)
 
-def cut_pool(
+def cut(
     docs:list[str], # Documents in their order
-    split:str, # "train", "valid", "test" or "all"
-) -> list[str]: # The documents, and pieces of documents, of that split
-    "Cut a pool of documents 90/5/5 by size, at a line end."
-    if split == "all": return docs
+    low:float, high:float, # From and to which share of their text
+) -> list[str]: # The documents, and pieces of documents, between the two
+    "Cut a pool of documents by size, at line ends."
     total = sum(map(len, docs))
-    low, high = dict(train=(0, .9), valid=(.9, .95), test=(.95, 1))[split]
     out, seen = [], 0
     for doc in docs:
         a, b = (_line_end(doc, int(edge*total) - seen) for edge in (low, high))
         if doc[a:b].strip(): out.append(doc[a:b])
         seen += len(doc)
     return out
+
+def cut_pool(
+    docs:list[str], # Documents in their order
+    split:str, # "train", "valid", "test" or "all"
+) -> list[str]: # The documents, and pieces of documents, of that split
+    "Cut a pool of documents 90/5/5 by size, at line ends."
+    return docs if split == "all" else cut(docs, *dict(train=(0, .9), valid=(.9, .95), test=(.95, 1))[split])
 
 def _line_end(doc, at):
     "The first line start at or after position `at`, within the document."

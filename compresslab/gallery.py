@@ -11,8 +11,7 @@ __all__ = ['STYLE', 'findings', 'keep', 'kept_runs', 'origin', 'card', 'write_in
 import base64, html, json, shutil, time
 from pathlib import Path
 
-from .data import project_root, settings
-from .report import reports, run_report
+from .report import reports, reports_folder, run_report
 
 # %% ../nbs/90c_gallery.ipynb #91d4e0bb
 def findings(
@@ -84,7 +83,7 @@ def run_all(
     progress:bool=True,
 ) -> dict: # name -> what went wrong; empty if nothing did
     "Run the reports, keep them, and write the index."
-    folder = Path(folder or project_root()/settings("paths").get("reports", "reports")); wrong = {}
+    folder, wrong = reports_folder(folder), {}
     for name in names or reports():
         start = time.time()
         try: keep(run_report(name, profile, folder=folder, progress=progress), folder)

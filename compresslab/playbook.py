@@ -30,7 +30,6 @@ def own_student(source:str, budget:int, tokens:float, entropy:bool) -> list: # S
     if found: return [("distillation.given", dict(source=str(source))), *found]
     raise ValueError(f"{budget:,} bytes cannot be met with the student {source}: on its coarsest grid it takes {weigh(twin, route(grids(entropy)[-1][1]), entropy):,}; use a smaller one, or leave the choice to the planner")
 
-
 # %% ../nbs/82_playbook.ipynb #3a14b194
 def trimmed(model:str, rows:Rows, keep:int): # A twin; keep: as in `trim_vocabulary`
     "What a model will be once its vocabulary is cut to what some rows use most."

@@ -10,12 +10,12 @@ __all__ = ['GIVEN', 'STAGES', 'BLOCKS', 'REFERENCE', 'Stage', 'stage', 'nearest'
            'predict_packed', 'predict_zeros', 'predict_channels', 'predict_heads', 'predict_hidden', 'predict_layers',
            'predict_student', 'predict_latents', 'predict_mixed', 'unchanged', 'quantize_mixed', 'magnitude',
            'allocated', 'predict_factors', 'low_rank', 'predict_embedding', 'embedding', 'vocabulary', 'processes',
-           'own_words', 'kd', 'qat', 'student', 'given_student', 'cascade', 'predict_coded', 'coded', 'finetune',
-           'lora', 'cast_floats', 'Run', 'no_memory', 'summary_tables', 'summary_markdown', 'summary_html', 'Plan',
-           'from_reference']
+           'own_words', 'with_written', 'kd', 'qat', 'student', 'given_student', 'cascade', 'predict_coded', 'coded',
+           'finetune', 'lora', 'cast_floats', 'Run', 'no_memory', 'shown', 'markdown_table', 'summary_tables',
+           'summary_markdown', 'summary_html', 'Plan', 'from_reference']
 
 # %% ../nbs/80_recipe.ipynb #bf48cb47
-import copy, difflib, hashlib, inspect, json, math, re, shutil, tempfile, time
+import copy, difflib, hashlib, inspect, itertools, json, math, re, shutil, tempfile, time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from html import escape
@@ -33,7 +33,7 @@ from transformers import AutoConfig
 
 from .calibration import targets
 from .coding import PATTERNS, encode
-from .data import Blocks, cut_pool, documents, pack
+from .data import Blocks, cut, documents, pack
 from .distillation.cascade import ProgressiveDistillation
 from .distillation.generation import write
 from .distillation.students import config_values, kept_layers, kept_units, student_of, student_shape
@@ -57,14 +57,14 @@ from .quant.linear import PackedWeight
 from .quant.mixed import mixed_precision
 from .quant.ptq import gptq, pack_shared, rtn, width_of
 from .quant.qat import bands, center_and_levels, convert, prepare_qat
-from .quant.rate import coded_bytes, coded_layers, held_to, prepare_coded, room_for, settle
+from .quant.rate import coded_bytes, coded_layers, held_to, n_bands, prepare_coded, room_for, settle
 from .quant.rounding import hqq, learn_rounding
 from .quant.scaling import awq, smoothquant
 from .resizing import changed_twin, even_layers, head_width, layer_values, mlp_width
 from .store import check_replaceable, find_tokenizer, load, manifest_modules, model_path, save, sha256, stored_bytes, weight_files
 from .surgery import LINEAR, find, matrix, params, replace, selected, stacks
 from .tasks import find_tasks, task_scores
-from .train import causal_loss, evaluate, fit
+from .train import evaluate, fit
 
 # %% ../nbs/80_recipe.ipynb #70be72f2
 GIVEN = dict(model="what the stages before left, in float32", calibration="a list of token blocks", train="rows to train on", tuning="rows to fine-tune on: of `data`'s `finetune`, by default those to train on", valid="rows to choose by, such as when to stop",
@@ -219,9 +219,11 @@ def _pool(name, part) -> list[str]: # Documents of a name, or the list of texts 
     return list(documents(name, None if ":" in name or Path(name).suffix else part)["text"]) if isinstance(name, str) else list(name)
 
 def _apart(docs, share) -> tuple[list, list]: # docs: already in random order
-    "A share of the documents, and the rest; pieces of documents where there are few."
-    n = round(share*len(docs))
-    return (docs[:n], docs[n:]) if len(docs) >= 20 else (cut_pool(docs, "valid"), cut_pool(docs, "train"))
+    "Documents that hold a share of the text, and the rest; pieces of documents where there are few."
+    if len(docs) < 20: return cut(docs, 0, share), cut(docs, share, 1)
+    ends = itertools.accumulate(map(len, docs)); wanted = share*sum(map(len, docs))
+    n = next(i for i, end in enumerate(ends, 1) if end >= wanted)
+    return docs[:n], docs[n:]
 
 def _ids(row) -> torch.Tensor: return torch.as_tensor(row["input_ids"] if isinstance(row, dict) else row)
 
@@ -269,7 +271,7 @@ class Rows:
             if given["calibration"]: out["calibration"] = shuffled(_pool(given["calibration"], "train"))
             else:
                 size = sum(map(len, out["train"])); wanted = min(.1, 8*self.about["samples"]*self.about["length"]/max(size, 1))
-                out["calibration"], out["train"] = _apart(out["train"], max(wanted, 1/max(len(out["train"]), 1)))
+                out["calibration"], out["train"] = _apart(out["train"], wanted)
         seen = set()
         for p in ("test", "valid", "calibration", "train", "finetune"):
             key = {hashlib.sha256(d.strip().encode()).hexdigest(): d for d in out.get(p, [])}
@@ -573,11 +575,16 @@ def own_words(teacher, tokenizer, length:int, tokens:float, file:Path, seed:int=
     processes().wait_for_everyone()
     return pack([t for t in json.loads(file.read_text()) if t], tokenizer, length)
 
+def with_written(train, teacher, tokenizer, tokens:float, checkpoint, seed:int, progress:bool): # tokens: of the teacher's; 0: none
+    "Rows, and beside them those that a teacher writes."
+    if not tokens: return train
+    return ConcatDataset([train, own_words(teacher, tokenizer, train[0]["input_ids"].numel(), tokens, Path(checkpoint).parent/"written.json", seed, progress)])
+
 @stage("distillation.kd", unchanged)
 def kd(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progress=True, tokens:float=1e6, temperature:float=2., alpha:float=.7, feature_weight:float=.1, attention_weight:float=0., kind="forward",
        written:float=0., lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", warmup:float=.05, save_minutes:float=5., seed:int=0):
     "Distillation from the teacher: `DistillationTrainer`. `written`: so many tokens of text that the teacher writes itself are added to the rows."
-    if written: train = ConcatDataset([train, own_words(teacher, tokenizer, train[0]["input_ids"].numel(), written, Path(checkpoint).parent/"written.json", seed, progress)])
+    train = with_written(train, teacher, tokenizer, written, checkpoint, seed, progress)
     trainer = DistillationTrainer(teacher, model, temperature, alpha, feature_weight, attention_weight, kind, mapping=_mapping(model, teacher, tokenizer))
     history = trainer.train(train, tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, warmup=warmup, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, on_step=_kept(model), progress=progress)
     return model, _said(history)
@@ -588,7 +595,7 @@ def qat(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progre
     "Quantization-aware training by distillation from the original, then packing."
     trainer = DistillationTrainer(teacher, model, 1., 1 - hard, 0., mapping=_mapping(model, teacher, tokenizer))
     prepare_qat(model, bits, group_size, grid, activations, include=include, exclude=exclude, embeddings=embeddings, shared_scale=shared_scale)
-    history = trainer.train(train, loss=trainer if hard < 1 else causal_loss, tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, progress=progress)
+    history = trainer.train(train, tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, progress=progress)
     return convert(model), _said(history)
 
 @stage("distillation.student", predict_student)
@@ -621,8 +628,8 @@ def predict_coded(twin, bits=2.2, embeddings=True, include=None, exclude=None, *
     before, center = {id(m) for m in twin.modules() if isinstance(m, PackedWeight)}, dict(zip(("center", "levels"), center_and_levels("symmetric", 8)))
     predict_packed(twin, 8, 0, embeddings=embeddings, include=include, exclude=exclude, **center)
     for w in (m for m in twin.modules() if isinstance(m, PackedWeight) and id(m) not in before):
-        rows = w.shape[0]; several = rows == twin.config.get_text_config().vocab_size and max(1, (rows//64).bit_length())
-        steps = torch.linspace(.01, .02, several or 1, dtype=w.scale.dtype).repeat_interleave(torch.tensor(bands(rows, several or 1)))[:, None]
+        n = n_bands(w.shape[0], twin.config.get_text_config().vocab_size)
+        steps = torch.linspace(.01, .02, n, dtype=w.scale.dtype).repeat_interleave(torch.tensor(bands(w.shape[0], n)))[:, None]
         w._buffers["packed"], w.held = room(room_for(w.shape, bits)), bits
         if blob := encode(steps, entropy=True): w._buffers["scale"] = room(len(blob))
     return twin
@@ -630,12 +637,12 @@ def predict_coded(twin, bits=2.2, embeddings=True, include=None, exclude=None, *
 @stage("quant.coded", predict_coded)
 def coded(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progress=True, bits:float=2.2, embeddings:bool=True, include=None, exclude=None, tokens:float=1e6, hard:float=0., written:float=0., lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", save_minutes:float=5., seed:int=0):
     "Quantization-aware training with a price on bits, by distillation from the original, then packing: `bits` coded bits a weight in the file. `written`: as in `distillation.kd`."
-    if written: train = ConcatDataset([train, own_words(teacher, tokenizer, train[0]["input_ids"].numel(), written, Path(checkpoint).parent/"written.json", seed, progress)])
+    train = with_written(train, teacher, tokenizer, written, checkpoint, seed, progress)
     trainer = DistillationTrainer(teacher, model, 1., 1 - hard, 0., mapping=_mapping(model, teacher, tokenizer))
     prepare_coded(model, bits, embeddings, include, exclude)
     room = sum(room_for(m.weight.shape, bits) for m in coded_layers(model).values())
     counted = coded_bytes(settle(model, room))
-    history = trainer.train(train, loss=held_to(counted, trainer if hard < 1 else causal_loss), tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, progress=progress)
+    history = trainer.train(train, loss=held_to(counted, trainer), tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, progress=progress)
     found = coded_bytes(model); settle(model, room)
     return convert(model), dict(_said(history), counted_bytes=found, room=room, price=history[-1]["bit_price"])
 
@@ -935,8 +942,12 @@ def _go(self) -> Run:
 _Runner.go = _go
 
 # %% ../nbs/80_recipe.ipynb #e1d3757a
-def _shown(x) -> str: # A number for a person
+def shown(x) -> str: # A number for a person
     return "-" if x is None else f"{x:,}" if isinstance(x, int) else f"{x:.4g}" if isinstance(x, float) else str(x)
+
+def markdown_table(rows:list) -> str: # rows: the first the header
+    line = lambda row: "| " + " | ".join(str(x).replace("|", "\\|") for x in row) + " |"
+    return "\n".join([line(rows[0]), line(["---"]*len(rows[0])), *map(line, rows[1:])])
 
 def summary_tables(s:dict) -> dict: # s: `Run.summary`; title -> rows, the first the header
     "A summary as tables."
@@ -948,11 +959,10 @@ def summary_tables(s:dict) -> dict: # s: `Run.summary`; title -> rows, the first
     if s["tasks"]["final"]: out["Tasks"] = [["task", "metric", "original", "stderr", "final", "stderr", "rows", "shots", "prompts cut (original, final)"], *([t, b["metric"], a["value"], a["stderr"], b["value"], b["stderr"], b["n"], b["shots"], f"{a['truncated']}, {b['truncated']} of {b['prompts']}"] for t, b in s["tasks"]["final"].items() for a in [s["tasks"]["original"][t]])]
     verdicts = [[t["name"], t["wanted"], t["reached"], "met" if t["met"] else "not met"] for t in s["targets"]]
     out["Retention and targets"] = [["target", "wanted", "reached", ""], [f"retention of {s['score']}", None, s["retention"], ""], *verdicts]
-    return {title: [rows[0], *([_shown(x) for x in row] for row in rows[1:])] for title, rows in out.items()}
+    return {title: [rows[0], *([shown(x) for x in row] for row in rows[1:])] for title, rows in out.items()}
 
 def summary_markdown(s:dict) -> str:
-    line = lambda row: "| " + " | ".join(str(x).replace("|", "\\|") for x in row) + " |"
-    return "# Compression summary\n\n" + "\n\n".join("\n".join([f"## {title}", "", line(rows[0]), line(["---"]*len(rows[0])), *map(line, rows[1:])]) for title, rows in summary_tables(s).items()) + "\n"
+    return "# Compression summary\n\n" + "\n\n".join(f"## {title}\n\n{markdown_table(rows)}" for title, rows in summary_tables(s).items()) + "\n"
 
 def summary_html(s:dict) -> str:
     "One page that needs nothing else."
@@ -960,7 +970,6 @@ def summary_html(s:dict) -> str:
     body = "".join(f"<h2>{escape(title)}</h2><table><thead>{row('th', rows[0])}</thead><tbody>{''.join(row('td', r) for r in rows[1:])}</tbody></table>" for title, rows in summary_tables(s).items())
     style = "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em;text-align:right}td:first-child,th:first-child{text-align:left}"
     return f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Compression summary</title><style>{style}</style></head><body><h1>Compression summary</h1>{body}</body></html>"
-
 
 # %% ../nbs/80_recipe.ipynb #944d067d
 class Plan(list):

@@ -9,7 +9,7 @@ __all__ = ['FILES', 'harness', 'quietly', 'read_mmlu', 'read_gsm8k', 'read_lamba
            'find_tasks', 'local_task', 'task_scores', 'task_table']
 
 # %% ../nbs/09_tasks.ipynb #b9d14a96
-import copy, csv, difflib, io, json, logging, math, os, random, re
+import copy, csv, difflib, functools, io, json, logging, math, os, random, re
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 
 from .data import data_root
-from .store import find_tokenizer, load, model_path, save
+from .store import find_tokenizer, load, model_path
 
 # %% ../nbs/09_tasks.ipynb #e1292751
 def harness():
@@ -131,12 +131,11 @@ def find_tasks(
             raise ValueError(f"task '{n}' is unknown: " + (f"did you mean '{near[0]}'?" if near else f"local files serve {', '.join(FILES)}; lm-eval's own list is printed by lm-eval ls tasks"))
     return out
 
-_MANAGER = []
+@functools.cache
 def _manager():
     "lm-eval's index of all its tasks; reading it takes half a minute."
     from lm_eval.tasks import TaskManager
-    if not _MANAGER: _MANAGER.append(TaskManager())
-    return _MANAGER[0]
+    return TaskManager()
 
 # %% ../nbs/09_tasks.ipynb #2fa35ec5
 def local_task(

@@ -101,7 +101,8 @@ class DistillationLoss(_Comparison):
         inputs, keep, labels = scored(batch, self.encoder_decoder)
         out = model(**inputs, use_cache=False, **self.want)
         terms = dict(hard=F.cross_entropy(out.logits[keep].float(), labels))
-        if "teacher_log_probs" in batch: terms["soft"] = self.temperature**2*self.from_cache(out.logits[keep], batch, keep)
+        if self.weights["hard"] == 1 and not self.want: pass                       # the teacher has no say, and is not asked
+        elif "teacher_log_probs" in batch: terms["soft"] = self.temperature**2*self.from_cache(out.logits[keep], batch, keep)
         else:
             at, theirs, their_at, their_inputs = self.ask(batch, inputs, keep, **self.want)
             terms["soft"] = self.temperature**2*divergence(*self.comparable(out.logits[at], theirs.logits[their_at]), self.temperature, self.kind)

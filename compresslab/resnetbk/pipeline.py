@@ -293,14 +293,14 @@ class _Stages(_Frame):
         return mlp_width(model)[1]
 
     def _distillation(self, epochs):
-        found = {name: json.loads((self.folder/f"{name}.json").read_text())["final_perplexity"] for name in ("original", "qat", "pruning")}
-        best = min(found, key=found.get)
-        teacher = self.model if best == "original" else nn.Module.float(load(self.folder/MODELS[best])).to(self.device)  # what is not packed, from bfloat16
+        found, hard = {name: json.loads((self.folder/f"{name}.json").read_text()) for name in ("original", "qat", "pruning")}, self.settings["student_hard"]
+        best = min(found, key=lambda name: found[name]["final_perplexity"])
+        teacher = None if hard == 1 else self.model if best == "original" else nn.Module.float(load(self.folder/MODELS[best])).to(self.device)  # what is not packed, from bfloat16
         behind, scratch = self.folder/"behind", self.folder/"checkpoint.weighed"
         if not (behind/"student.json").exists():              # in floats first: on a coarse grid a student learns slowly from nothing
             source = load(behind/"pruning").to(self.device); torch.manual_seed(self.settings["seed"])
             student, shape, grid = largest_student(source, self.budget, scratch) if isinstance(source, ResNetBKForCausalLM) else largest_of_its_kind(source, self.budget, scratch, self.calibration)
-            losses = self._learn(student, teacher, self.settings["student_hard"], self.settings["floating"]*epochs, self.settings["lr"], "student")
+            losses = self._learn(student, teacher, hard, self.settings["floating"]*epochs, self.settings["lr"], "student")
             scores = evaluate(student.eval(), self.valid, progress=self.progress)
             save(student, behind/"student"); _write(behind/"student.json", dict(shape=shape, grid=grid, losses=losses, perplexity=scores.ppl))
         made = json.loads((behind/"student.json").read_text())
@@ -308,10 +308,10 @@ class _Stages(_Frame):
         numbers = params(student)
         student, coded = prepared(student, made["grid"]), made["grid"]["grid"] == "coded"
         budget = .99*(self.budget - weigh(student, scratch) + coded_bytes(student)) if coded else None
-        losses = self._learn(student, None if made["perplexity"] <= found[best] else teacher, self.settings["student_hard"], (1 - self.settings["floating"])*epochs, self.settings["grid_lr"], "distillation", budget)
+        losses = self._learn(student, None if made["perplexity"] <= found[best]["final_perplexity"] else teacher, hard, (1 - self.settings["floating"])*epochs, self.settings["grid_lr"], "distillation", budget)
         if coded: shrink_to(student, self.budget, scratch)
         save(pack(student.eval()), self.folder/"final_model", self.tokenizer, entropy=True)
-        return dict(training_losses=made["losses"] + losses, parameters=numbers, teacher=best if self.settings["student_hard"] < 1 else None, floating_perplexity=made["perplexity"], teacher_params=params(teacher), student_params=numbers, student={**made["shape"], **made["grid"]})
+        return dict(training_losses=made["losses"] + losses, parameters=numbers, teacher=None if teacher is None else best, floating_perplexity=made["perplexity"], teacher_params=found[best]["parameters"], student_params=numbers, student={**made["shape"], **made["grid"]})
 
 # %% ../../nbs/resnetbk/78_pipeline.ipynb #d23df1bb
 class CompressionPipeline(_Stages):
