@@ -186,6 +186,8 @@ def run_playbook(
     batch_size: Annotated[Optional[int], typer.Option(help="Rows a step, on each device.")] = None,
     lr: Annotated[Optional[float], typer.Option(help="Peak learning rate of every stage that trains.")] = None,
     entropy: Annotated[bool, typer.Option(help="Code the file by its statistics.")] = True,
+    tasks: Annotated[Optional[str], typer.Option(help="Tasks to score both models on at the end, joined by commas, as in compresslab evaluate. Needs the extra [eval].")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Rows of each task, at most.")] = None,
     tracker: Annotated[Optional[str], typer.Option(help="tensorboard, wandb, …")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with predicted bytes; write no stage.")] = False,
@@ -197,7 +199,7 @@ def run_playbook(
     from compresslab.sweep import report
     out, vocabulary = out or Path("out")/f"{Path(model).name}-{ratio:g}x", int(vocabulary) if vocabulary and vocabulary.isdigit() else vocabulary
     done = playbook(model, ratio, data, out, retained, teacher, teacher_checkpoint, student, vocabulary, tokens, entropy, distill_data, finetune_data, finetune_tokens,
-                    seq_len, stride, max_chunks, batch_size, lr, seed, device, dry_run, dict(trackers=tracker))
+                    seq_len, stride, max_chunks, batch_size, lr, [t.strip() for t in tasks.split(",") if t.strip()] if tasks else None, limit, seed, device, dry_run, dict(trackers=tracker))
     if dry_run or not processes().is_main_process: return
     last = done.ledger.rows[-1]
     report(dict(top1=last.top1, bpb=last.bpb, nll=last.nll, bytes=last.stored_bytes))                  # of validation rows; outside a sweep nothing happens

@@ -107,14 +107,15 @@ def playbook(
     seq_len:int|None=None, stride:int|None=None, # Tokens of a row, and from one row's beginning to the next
     max_chunks:int|None=None, # Rows to train on, at most
     batch_size:int|None=None, lr:float|None=None, # Of every stage that trains
+    tasks:list[str]|None=None, limit:int|None=None, # To score both models on at the end, and so many rows of each; as in a recipe's `evaluation`
     seed:int=0, device=None, dry_run:bool=False, logging:dict|None=None, progress:bool=True,
     **settings, # What else the stages have
 ): # A `Run`, or the `Plan`
     "Compress a model to a fraction of its bytes."
-    out = Path(out); recipe, model = _prepared(model, ratio, data, out, retained, teacher, teacher_checkpoint, student, vocabulary, tokens, entropy, distill_data, finetune_data, finetune_tokens, seq_len, stride, max_chunks, dict(settings, batch_size=batch_size, lr=lr), seed, logging)
+    out = Path(out); recipe, model = _prepared(model, ratio, data, out, retained, teacher, teacher_checkpoint, student, vocabulary, tokens, entropy, distill_data, finetune_data, finetune_tokens, seq_len, stride, max_chunks, dict(settings, batch_size=batch_size, lr=lr), dict(tasks=tasks, limit=limit), seed, logging)
     return recipe.run(model, out=out, dry_run=dry_run, device=device, progress=progress)
 
-def _prepared(model, ratio, data, out, retained, teacher, checkpoint, student, vocabulary, tokens, entropy, distill_data, finetune_data, finetune_tokens, seq_len, stride, max_chunks, settings, seed, logging) -> tuple: # The recipe, the model
+def _prepared(model, ratio, data, out, retained, teacher, checkpoint, student, vocabulary, tokens, entropy, distill_data, finetune_data, finetune_tokens, seq_len, stride, max_chunks, settings, evaluation, seed, logging) -> tuple: # The recipe, the model
     "The recipe of a playbook."
     if not ratio > 1: raise ValueError(f"ratio={ratio:g} is not supported: it says how many times smaller, above 1")
     rows = rows_for(data, distill_data, finetune_data, seq_len, stride, max_chunks)
@@ -127,8 +128,8 @@ def _prepared(model, ratio, data, out, retained, teacher, checkpoint, student, v
     stages = stages_for(model, budget, tokens, student, vocabulary, Rows(rows, seed) if vocabulary else None, entropy)
     if finetune_data is not None or finetune_tokens: stages = tuned(stages, finetune_tokens or tokens/10)
     stages = adjusted(stages, **settings, written=tokens/4 if distill_data == "teacher" else None)
-    score = dict(score="bpb") if vocabulary is not None else {}
-    return Recipe(stages, None, rows, dict(bytes=budget, retained_accuracy=retained), score, logging or {}, dict(dtype="bfloat16", entropy=entropy), None, seed, teacher), model
+    if vocabulary is not None: evaluation = dict(evaluation, score="bpb")
+    return Recipe(stages, None, rows, dict(bytes=budget, retained_accuracy=retained), evaluation, logging or {}, dict(dtype="bfloat16", entropy=entropy), None, seed, teacher), model
 
 def rows_for(data, distill_data=None, finetune_data=None, seq_len=None, stride=None, max_chunks=None) -> dict:
     "A recipe's `data`."
@@ -146,8 +147,12 @@ def verdict(run:Run) -> str:
     s = run.summary; said = {t["name"]: f"; {t['wanted']:,g} asked for: {'met' if t['met'] else 'not met'}" for t in s["targets"]}
     was, now = ((s["test"].get(k) or {}) for k in ("original", "final"))
     lines = [f"{s['final_bytes']:,} bytes of {s['original_bytes']:,}, {s['bytes_ratio']:.1f}x by file{said.get('bytes', '')}"]
+    for task, b in s["tasks"]["final"].items():
+        after, before = (f"{x['value']:.4f}" + (f" ± {x['stderr']:.4f}" if x["stderr"] is not None else "") for x in (b, s["tasks"]["original"][task]))
+        kept = f", {s['retention']:.1%} retained{said.get('retained_accuracy', '')}" if task == s["score"] and s["retention"] is not None else ""
+        lines.append(f"{task} {after}, before {before} ({b['metric']}, {b['n']:,} rows){kept}{said.get(task, '')}")
     if was and s["score"] == "top1": lines.append(f"next-token accuracy {now['top1']:.4f} of {was['top1']:.4f}, {s['retention']:.1%} retained{said.get('retained_accuracy', '')}")
-    if was and s["score"] != "top1": lines.append(f"{s['score']} {now[s['score']]:.4f}, before {was[s['score']]:.4f}, {s['retention']:.1%} retained{said.get('retained_accuracy', '')}; its tokens are others, so accuracies are not compared")
+    if was and s["score"] in ("nll", "ppl", "bpb"): lines.append(f"{s['score']} {now[s['score']]:.4f}, before {was[s['score']]:.4f}, {s['retention']:.1%} retained{said.get('retained_accuracy', '')}; its tokens are others, so accuracies are not compared")
     if was and now.get("bpb"): lines.append(f"{now['bpb']:.3f} bits per byte, before {was['bpb']:.3f}, on {now['tokens']:,} test tokens")
     return "\n".join(lines)
 

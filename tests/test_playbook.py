@@ -50,6 +50,16 @@ def test_the_command_with_all_its_options(tiny, corpus, tmp_path):
     assert summary["final_bytes"] == stored_bytes(tmp_path/"run"/"model")
 
 
+def test_tasks_are_scored_for_both_models(tiny, corpus, tmp_path, shared, monkeypatch):
+    pytest.importorskip("lm_eval", reason="pip install 'compresslab[eval]'")
+    monkeypatch.setitem(ENV, "COMPRESSLAB_DATA", str(shared("sst2").parent))
+    done = command(tiny, "--ratio", 9, "--data", corpus, "--out", tmp_path/"run", "--seq-len", 48, "--max-chunks", 20, "--batch-size", 2, "--tokens", 500, "--tasks", "sst2", "--limit", 6, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path/"run"/"summary.json").read_text())["tasks"]
+    assert scores["final"]["sst2"]["n"] == scores["original"]["sst2"]["n"] == 6
+    assert f"sst2 {scores['final']['sst2']['value']:.4f} ±" in done.stdout and f"before {scores['original']['sst2']['value']:.4f}" in done.stdout
+
+
 def test_two_processes(tiny, corpus, tmp_path):
     launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "compresslab.cli"]
     done = command(tiny, "--ratio", 9, "--data", corpus, "--out", tmp_path/"run", "--seq-len", 48, "--max-chunks", 40, "--batch-size", 2, "--tokens", 2000, launcher=launcher)
