@@ -57,7 +57,7 @@ from .quant.linear import PackedWeight
 from .quant.mixed import mixed_precision
 from .quant.ptq import gptq, pack_shared, rtn, width_of
 from .quant.qat import bands, center_and_levels, convert, prepare_qat
-from .quant.rate import coded_bytes, coded_layers, held_to, n_bands, prepare_coded, room_for, settle
+from .quant.rate import coded_layers, held_to, n_bands, prepare_coded, room_for, settle, stored_codes
 from .quant.rounding import hqq, learn_rounding
 from .quant.scaling import awq, smoothquant
 from .resizing import changed_twin, even_layers, head_width, layer_values, mlp_width
@@ -640,11 +640,10 @@ def coded(model, teacher, train, tokenizer, checkpoint=None, trackers=None, prog
     train = with_written(train, teacher, tokenizer, written, checkpoint, seed, progress)
     trainer = DistillationTrainer(teacher, model, 1., 1 - hard, 0., mapping=_mapping(model, teacher, tokenizer))
     prepare_coded(model, bits, embeddings, include, exclude)
-    room = sum(room_for(m.weight.shape, bits) for m in coded_layers(model).values())
-    counted = coded_bytes(settle(model, room))
-    history = trainer.train(train, loss=held_to(counted, trainer), tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, progress=progress)
-    found = coded_bytes(model); settle(model, room)
-    return convert(model), dict(_said(history), counted_bytes=found, room=room, price=history[-1]["bit_price"])
+    room = sum(room_for(m.weight.shape, bits) for m in coded_layers(model).values()); settle(model, room)
+    history = trainer.train(train, loss=held_to(room, trainer), tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, progress=progress)
+    found = stored_codes(model); settle(model, room)
+    return convert(model), dict(_said(history), stored_bytes=found, room=room, price=history[-1]["bit_price"])
 
 # %% ../nbs/80_recipe.ipynb #83e7490f
 class _Enough(Exception): "Raised to end a training that need not go on."
