@@ -823,7 +823,7 @@ def _stage(self, i, before:Path, key:str) -> dict:
     "Run one stage, write its result, measure it."
     name, settings = self.recipe.stages[i - 1]; about, given = STAGES[name], _given(self, i, before)
     self.alone(lambda: _begin(self.place(i), key))
-    set_seed(self.recipe.seed); start = time.time()
+    set_seed(self.recipe.seed); start = time.time() - _spent(self.place(i)/"checkpoint")
     settings = {**settings, **({"seed": self.recipe.seed} if "seed" in settings and settings["seed"] == about.settings["seed"] else {})}
     try: found = about.function(**{n: given[n]() for n in about.given}, **settings) if about.trains or self.main else None
     except (MemoryError, RuntimeError) as e:
@@ -833,6 +833,11 @@ def _stage(self, i, before:Path, key:str) -> dict:
         raise MemoryError(f"stage {i} ({name}) ran out of memory: lower {remedy}; the stages before it are finished and kept") from e
     self.alone(lambda: _keep(self, i, found, given["tokenizer"](), key, start))
     return json.loads((self.place(i)/"stage.json").read_text())
+
+def _spent(checkpoint:Path) -> float: # Seconds
+    "How long a training that goes on has run already."
+    history = json.loads(f.read_text())["history"] if (f := checkpoint/"history.json").exists() else []
+    return history[-1]["seconds"] if history else 0.
 
 def no_memory(e:Exception) -> bool:
     "Whether an error says that memory is exhausted, on a GPU or in the machine."

@@ -59,6 +59,7 @@ def test_killed_at_three_moments_and_resumed_ends_with_the_same_file(pylm, corpu
         while not reached() and process.poll() is None and time.time() < limit: time.sleep(.005)
         assert process.poll() is None, process.communicate()[1]
         process.send_signal(signal.SIGKILL); process.wait()
+        for f in (stages/"2-distillation.kd"/"checkpoint").glob("history.json"): spent = json.loads(f.read_text())["history"][-1]["seconds"]
     for name in ("a", "b"):
         process = start(recipe, pylm, tmp_path/name); said, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
@@ -67,6 +68,7 @@ def test_killed_at_three_moments_and_resumed_ends_with_the_same_file(pylm, corpu
     summary, ledger = json.loads((tmp_path/"a"/"summary.json").read_text()), json.loads((tmp_path/"a"/"ledger.json").read_text())
     assert summary["final_bytes"] == stored_bytes(tmp_path/"a"/"model") == ledger[-1]["stored_bytes"] and len(ledger) == 4
     assert [t["met"] for t in summary["targets"]] == [True, True] and "ratio 3: met" in said
+    assert summary["stages"][1]["seconds"] > spent > 0                                           # of all the runs that it took
     assert not [*stages.glob("*/checkpoint")] and not [*stages.glob("*/.*")]
 
 
