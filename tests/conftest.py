@@ -1,5 +1,6 @@
 """Shared by all tests: where real data lies, and small models made on the spot."""
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("COMPRESSLAB_TEST_DATA", ROOT.parent/"shared"/"data"))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job ignores Ctrl-C, and what it starts inherits that
 
 
 @pytest.fixture(scope="session")
