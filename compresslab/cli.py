@@ -7,9 +7,9 @@ Docs: https://compresslab.github.io/compresslab/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'data_app', 'sweep_app', 'recursive_app', 'SweepName', 'Storage', 'Folder', 'Method', 'Activations', 'Mirror',
            'Profile', 'compress', 'quantize_and_save', 'text_to_measure', 'default_device', 'export', 'plan_bytes',
-           'run_ablation', 'run_recipe', 'run_playbook', 'recursive_train', 'recursive_evaluate', 'recursive_generate',
-           'open_studio', 'measure', 'report', 'all_reports', 'evaluate_tasks', 'sweep_create', 'sweep_agent',
-           'sweep_status', 'sweep_best', 'data_list', 'data_get', 'doctor', 'main']
+           'run_ablation', 'run_recipe', 'task_names', 'run_playbook', 'recursive_train', 'recursive_evaluate',
+           'recursive_generate', 'open_studio', 'measure', 'report', 'all_reports', 'evaluate_tasks', 'sweep_create',
+           'sweep_agent', 'sweep_status', 'sweep_best', 'data_list', 'data_get', 'doctor', 'main']
 
 # %% ../nbs/92_cli.ipynb #875bc183
 import json, os, shutil, sys
@@ -165,6 +165,10 @@ def run_recipe(
     if not dry_run and processes().is_main_process: typer.echo(f"\n{done}")
 
 # %% ../nbs/92_cli.ipynb #62f502fb
+def task_names(text:str|None) -> list[str]: # text: joined by commas
+    "Names of tasks, as they are typed."
+    return [t.strip() for t in (text or "").split(",") if t.strip()]
+
 @app.command("playbook")
 def run_playbook(
     model: Annotated[str, typer.Argument(help="The model to compress: a folder, or a name on the Hugging Face Hub.")],
@@ -199,7 +203,7 @@ def run_playbook(
     from compresslab.sweep import report
     out, vocabulary = out or Path("out")/f"{Path(model).name}-{ratio:g}x", int(vocabulary) if vocabulary and vocabulary.isdigit() else vocabulary
     done = playbook(model, ratio, data, out, retained, teacher, teacher_checkpoint, student, vocabulary, tokens, entropy, distill_data, finetune_data, finetune_tokens,
-                    seq_len, stride, max_chunks, batch_size, lr, [t.strip() for t in tasks.split(",") if t.strip()] if tasks else None, limit, seed, device, dry_run, dict(trackers=tracker))
+                    seq_len, stride, max_chunks, batch_size, lr, task_names(tasks), limit, seed, device, dry_run, dict(trackers=tracker))
     if dry_run or not processes().is_main_process: return
     last = done.ledger.rows[-1]
     report(dict(top1=last.top1, bpb=last.bpb, nll=last.nll, bytes=last.stored_bytes))                  # of validation rows; outside a sweep nothing happens
@@ -371,7 +375,7 @@ def evaluate_tasks(
 ):
     "Score a model on tasks such as MMLU and GSM8K, from its files. Needs the extra [eval]."
     from compresslab.tasks import task_scores, task_table
-    scores = task_scores(model, [t.strip() for t in tasks.split(",") if t.strip()], data, limit, shots, batch_size, device=device or default_device(), progress=not as_json)
+    scores = task_scores(model, task_names(tasks), data, limit, shots, batch_size, device=device or default_device(), progress=not as_json)
     typer.echo(json.dumps(scores, indent=1) if as_json else "\n" + task_table(scores).to_string(index=False, float_format="{:.4f}".format))
 
 # %% ../nbs/92_cli.ipynb #8ff48ed1

@@ -147,12 +147,12 @@ def verdict(run:Run) -> str:
     s = run.summary; said = {t["name"]: f"; {t['wanted']:,g} asked for: {'met' if t['met'] else 'not met'}" for t in s["targets"]}
     was, now = ((s["test"].get(k) or {}) for k in ("original", "final"))
     lines = [f"{s['final_bytes']:,} bytes of {s['original_bytes']:,}, {s['bytes_ratio']:.1f}x by file{said.get('bytes', '')}"]
+    kept = "" if s["retention"] is None else f", {s['retention']:.1%} retained{said.get('retained_accuracy', '')}"
     for task, b in s["tasks"]["final"].items():
         after, before = (f"{x['value']:.4f}" + (f" ± {x['stderr']:.4f}" if x["stderr"] is not None else "") for x in (b, s["tasks"]["original"][task]))
-        kept = f", {s['retention']:.1%} retained{said.get('retained_accuracy', '')}" if task == s["score"] and s["retention"] is not None else ""
-        lines.append(f"{task} {after}, before {before} ({b['metric']}, {b['n']:,} rows){kept}{said.get(task, '')}")
-    if was and s["score"] == "top1": lines.append(f"next-token accuracy {now['top1']:.4f} of {was['top1']:.4f}, {s['retention']:.1%} retained{said.get('retained_accuracy', '')}")
-    if was and s["score"] in ("nll", "ppl", "bpb"): lines.append(f"{s['score']} {now[s['score']]:.4f}, before {was[s['score']]:.4f}, {s['retention']:.1%} retained{said.get('retained_accuracy', '')}; its tokens are others, so accuracies are not compared")
+        lines.append(f"{task} {after}, before {before} ({b['metric']}, {b['n']:,} rows){kept if task == s['score'] else ''}{said.get(task, '')}")
+    if was and s["score"] == "top1": lines.append(f"next-token accuracy {now['top1']:.4f} of {was['top1']:.4f}{kept}")
+    if was and s["score"] in ("nll", "ppl", "bpb"): lines.append(f"{s['score']} {now[s['score']]:.4f}, before {was[s['score']]:.4f}{kept}; its tokens are others, so accuracies are not compared")
     if was and now.get("bpb"): lines.append(f"{now['bpb']:.3f} bits per byte, before {was['bpb']:.3f}, on {now['tokens']:,} test tokens")
     return "\n".join(lines)
 

@@ -64,7 +64,7 @@ from .resizing import changed_twin, even_layers, head_width, layer_values, mlp_w
 from .store import check_replaceable, find_tokenizer, load, manifest_modules, model_path, save, sha256, stored_bytes, weight_files
 from .surgery import LINEAR, find, matrix, params, replace, selected, stacks
 from .tasks import find_tasks, task_scores
-from .train import evaluate, fit
+from .train import evaluate, fit, last_checkpoint
 
 # %% ../nbs/80_recipe.ipynb #70be72f2
 GIVEN = dict(model="what the stages before left, in float32", calibration="a list of token blocks", train="rows to train on", tuning="rows to fine-tune on: of `data`'s `finetune`, by default those to train on", valid="rows to choose by, such as when to stop",
@@ -243,10 +243,10 @@ def overlapping(
     length = blocks.input_ids.shape[1]
     if not 0 < stride < length: raise ValueError(f"data: stride {stride} is not supported: blocks have {length} tokens, use 1 to {length - 1}")
     n = int(blocks.attention_mask.sum()) - len(blocks) + 1
-    def cut(t):
+    def again(t):
         stream = torch.cat([t[0], t[1:, 1:].flatten()])[:n]
         return stream.unfold(0, length, stride).contiguous() if n >= length else t
-    return Blocks(*map(cut, (blocks.input_ids, blocks.labels, blocks.attention_mask)), blocks.n_bytes, blocks.n_documents)
+    return Blocks(*map(again, (blocks.input_ids, blocks.labels, blocks.attention_mask)), blocks.n_bytes, blocks.n_documents)
 
 # %% ../nbs/80_recipe.ipynb #6df9d3af
 class Rows:
@@ -836,7 +836,7 @@ def _stage(self, i, before:Path, key:str) -> dict:
 
 def _spent(checkpoint:Path) -> float: # Seconds
     "How long a training that goes on has run already."
-    history = json.loads(f.read_text())["history"] if (f := checkpoint/"history.json").exists() else []
+    found = last_checkpoint(checkpoint); history = json.loads((found/"history.json").read_text())["history"] if found else []
     return history[-1]["seconds"] if history else 0.
 
 def no_memory(e:Exception) -> bool:

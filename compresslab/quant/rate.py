@@ -133,9 +133,9 @@ def held_to(
         if model.training:
             if layers[0].steps_taken % 50 == 0: surplus.fill_(stored_codes(model) - hard/8)
             layers[0].steps_taken += 1
-        over = max(-.15, min(.15, (hard/8 + surplus.item())/(.9975*n_bytes) - 1))                 # a quarter percent below
+        size = hard/8 + surplus.item(); over = max(-.15, min(.15, size/(.9975*n_bytes) - 1))      # a quarter percent below
         if model.training: price.mul_(math.exp(.1*over)).clamp_(1e-4, 3)
         now = price.item()*math.exp(10*over)
-        return value + now*soft/total, {**extra, "code_bytes": hard/8 + surplus.item(), "bit_price": now}
+        return value + now*soft/total, {**extra, "code_bytes": size, "bit_price": now}
     held.settings = dict(kind="held_to", n_bytes=n_bytes, loss=getattr(loss, "settings", None))
     return held

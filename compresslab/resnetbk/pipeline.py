@@ -112,7 +112,7 @@ def fill(
 ):
     "Settle the codes so that the file is within its budget, and not far below."
     settle(model, room_in(budget, model, folder))
-    while (over := weigh(model, folder) - budget) > 0: settle(model, room_in(budget - over, model, folder))            # coded steps, too, take a few bytes more or less
+    while (over := weigh(model, folder) - budget) > 0: settle(model, stored_codes(model) - over)                       # coded steps, too, take a few bytes more or less
     return model
 
 # %% ../../nbs/resnetbk/78_pipeline.ipynb #3ccd4d2e
