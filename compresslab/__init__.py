@@ -30,11 +30,12 @@ _PUBLIC = { # Where each name lives; its module is imported when the name is fir
     "quant.qat": ["calibrate", "convert", "prepare_qat"],
     "quant.rounding": ["hqq", "learn_rounding"],
     "quant.scaling": ["awq", "smoothquant"],
-    "recipe": ["Recipe", "stage"],
+    "recipe": ["Recipe"],
     "recursive.layer": ["RecursiveCompression"],
     "resnetbk.model": ["ResNetBKConfig", "ResNetBKForCausalLM"],
     "resnetbk.pipeline": ["CompressionPipeline"],
     "resnetbk.quantized": ["quantize_core"],
+    "stages": ["stage"],
     "store": ["export", "load", "save"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

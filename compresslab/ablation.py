@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .recipe import Recipe, markdown_table, processes, read_yaml, shown
+from .recipe import Recipe, markdown_table, read_yaml, shown
+from .stages import processes
 
 # %% ../nbs/80b_ablation.ipynb #5437bd3f
 def _tokens(stages) -> float: return sum(s.get("tokens") or 0 for _, s in stages)

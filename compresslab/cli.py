@@ -141,7 +141,7 @@ def plan_bytes(
 # %% ../nbs/92_cli.ipynb #647c1391
 def run_ablation(recipe:Path, model, data, out:Path, device):
     from compresslab.ablation import ablate, ablation_text
-    from compresslab.recipe import processes
+    from compresslab.stages import processes
     table = ablate(recipe, model, data, out, device)
     if processes().is_main_process: typer.echo(f"\n{ablation_text(table)}\nwritten to {out}")
 
@@ -156,7 +156,8 @@ def run_recipe(
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
 ):
     "Run a recipe, or what is left of it: each stage measured from its file."
-    from compresslab.recipe import Recipe, processes
+    from compresslab.recipe import Recipe
+    from compresslab.stages import processes
     if not recipe.exists(): raise FileNotFoundError(f"{recipe} is not there: no recipe was read")
     read = Recipe.from_yaml(recipe)
     if ablate and dry_run: raise ValueError("--ablate runs the recipe several times and --dry-run never: choose one")
@@ -199,7 +200,7 @@ def run_playbook(
 ):
     "A student of the planner's shape, distilled, trained on its grid and coded: what it takes and what it kept."
     from compresslab.playbook import playbook, verdict
-    from compresslab.recipe import processes
+    from compresslab.stages import processes
     from compresslab.sweep import report
     out, vocabulary = out or Path("out")/f"{Path(model).name}-{ratio:g}x", int(vocabulary) if vocabulary and vocabulary.isdigit() else vocabulary
     done = playbook(model, ratio, data, out, retained, teacher, teacher_checkpoint, student, vocabulary, tokens, entropy, distill_data, finetune_data, finetune_tokens,

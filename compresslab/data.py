@@ -8,7 +8,7 @@ Docs: https://compresslab.github.io/compresslab/data.html.md"""
 __all__ = ['END', 'SPLIT_WORDS', 'HUB', 'TABLES', 'TEXTS', 'project_root', 'settings', 'data_root', 'local_path', 'not_found',
            'hash_split', 'python_stdlib', 'parse_text', 'claimed_split', 'cut', 'cut_pool', 'split_name', 'hub_answers',
            'ask_hub', 'hub_rows', 'documents', 'squad', 'scitldr', 'Blocks', 'start_token', 'windows', 'pack',
-           'calibration_blocks', 'available', 'fetch']
+           'calibration_blocks', 'write_beside', 'available', 'fetch']
 
 # %% ../nbs/01_data.ipynb #8f153ceb
 import configparser, gzip, hashlib, json, os, re, sys, sysconfig
@@ -357,6 +357,16 @@ def calibration_blocks(
     if calibration is None or len(calibration) == 0 or any(not isinstance(c, dict) and len(c) == 0 for c in calibration): raise ValueError("calibration is empty: pass a data name or a list of token-id tensors")
     if any(isinstance(c, str) for c in calibration): raise ValueError("calibration is a list of strings: pass token ids, or the name of a file or corpus")
     return [dict(c) if isinstance(c, dict) else dict(input_ids=torch.as_tensor(c).reshape(-1, torch.as_tensor(c).shape[-1])) for c in calibration]
+
+# %% ../nbs/01_data.ipynb #d1beside02
+def write_beside(
+    path, # Of the file
+    content, # Text, or a function that writes to the path it is given
+):
+    "Write a file beside its place, then rename it; what an earlier kill left of this is overwritten."
+    path = Path(path); new = path.with_name(f".{path.name}.new")
+    new.write_text(content, encoding="utf-8") if isinstance(content, str) else content(new)
+    new.replace(path)
 
 # %% ../nbs/01_data.ipynb #a9826773
 def available() -> list[dict]: # `name`, `where`, `bytes` (0 where not here)

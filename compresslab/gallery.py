@@ -11,6 +11,7 @@ __all__ = ['STYLE', 'findings', 'keep', 'kept_runs', 'origin', 'card', 'write_in
 import base64, html, json, shutil, time
 from pathlib import Path
 
+from .data import write_beside
 from .report import reports, reports_folder, run_report
 
 # %% ../nbs/90c_gallery.ipynb #91d4e0bb
@@ -72,7 +73,7 @@ def write_index(
     text = "\n".join(["# Reports", "", "Made by `make reports` from the `metrics.json` and `run.json` of each kept run, which lie beside it with the whole report. Nothing here is written by hand. `index.html` shows the same with figures.", "",
                       "Each run of `compresslab report NAME` makes a folder `NAME-PROFILE-HASH` here: `report.html`, `notebook.ipynb`, `metrics.json`, figures, and `run.json` (parameters, seed, commit, package versions, machine, duration). The hash is of the code and the parameters, so the same question finds the same answer again. Of those folders the kept ones are an excerpt.", "",
                       "| report | what | asked | measured | |", "|---|---|---|---|---|", *lines, "", "## Where they ran", "", *notes, ""])
-    for name, content in (("index.html", page), ("README.md", text)): new = folder/f".{name}"; new.write_text(content, encoding="utf-8"); new.replace(folder/name)
+    for name, content in (("index.html", page), ("README.md", text)): write_beside(folder/name, content)
     return folder/"index.html"
 
 # %% ../nbs/90c_gallery.ipynb #0874b785

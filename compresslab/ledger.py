@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .data import Blocks, documents, pack, split_name
+from .data import Blocks, documents, pack, split_name, write_beside
 from .store import find_tokenizer, load, model_path, save, stored_bytes
 from .surgery import params
 from .train import evaluate
@@ -188,9 +188,8 @@ class Ledger:
         return [dict(asdict(r), bytes_ratio=first.stored_bytes/r.stored_bytes, param_ratio=first.params/r.params, bits_per_param=r.bits_per_param) for r in self.rows]
 
     def save(self, path:str|Path):
-        "Write as JSON: beside, then renamed."
-        path = Path(path); new = path.with_name(path.name + ".new")
-        new.write_text(json.dumps(self.to_dicts(), indent=1)); new.replace(path)
+        "Write as JSON."
+        write_beside(path, json.dumps(self.to_dicts(), indent=1))
 
     @classmethod
     def from_json(cls, path:str|Path) -> "Ledger":

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from .budget import FLOATING, blank, fitting_student, floor_line, grids, most_bits, on_grid, plan, smallest, weigh
 from .lowrank.vocabulary import trim_vocabulary
-from .recipe import BLOCKS, STAGES, Recipe, Rows, Run, check_settings, nearest, processes, twin_of
+from .recipe import BLOCKS, Recipe, Rows, Run
+from .stages import STAGES, check_settings, nearest, processes, twin_of
 from .store import find_tokenizer, load, model_path, save
 
 # %% ../nbs/82_playbook.ipynb #1d9b3721

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [["data", "surgery", "train", "coding", "store", "ledger", "calibration", "allocation", "mixtures", "resizing", "tasks"],
           ["quant", "pruning", "lowrank", "distillation", "gist", "pai"],
           ["recursive", "resnetbk"],
-          ["recipe", "ablation", "budget", "playbook"],
+          ["stages", "recipe", "ablation", "budget", "playbook"],
           ["report", "gallery", "sweep_config", "sweep", "cli"]]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = [p for p in sorted((ROOT/"compresslab").rglob("*.py")) if not p.name.startswith("_")]

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from compresslab.data import Blocks
-from compresslab.recipe import BLOCKS, REFERENCE, STAGES, Recipe, Rows, stage
+from compresslab.recipe import BLOCKS, REFERENCE, Recipe, Rows
+from compresslab.stages import STAGES, stage
 from compresslab.store import load, save, stored_bytes
 from compresslab.train import evaluate
 

@@ -6,9 +6,9 @@ Docs: https://compresslab.github.io/compresslab/distillation/losses.html.md"""
 
 # %% auto #0
 __all__ = ['check_divergence', 'divergence', 'ask', 'check_mapping', 'covering', 'smallest_k', 'largest', 'bucketed',
-           'fingerprint', 'CachedLogits', 'write_beside', 'cache_logits', 'spread_layers', 'depths', 'check_layer_map',
-           'hidden_loss', 'projections', 'attention_loss', 'check_attention', 'inside', 'feature_losses', 'token_bytes',
-           'first_bytes', 'byte_logits', 'Aligned', 'align']
+           'fingerprint', 'CachedLogits', 'cache_logits', 'spread_layers', 'depths', 'check_layer_map', 'hidden_loss',
+           'projections', 'attention_loss', 'check_attention', 'inside', 'feature_losses', 'token_bytes', 'first_bytes',
+           'byte_logits', 'Aligned', 'align']
 
 # %% ../../nbs/distillation/40_losses.ipynb #c80f1a70
 import hashlib, json, math, re, sys
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..data import Blocks, start_token
+from ..data import Blocks, start_token, write_beside
 from ..surgery import stacks
 from ..train import rows_at_once, scored
 
@@ -168,17 +168,13 @@ def _about(teacher, data, temperature, k, mass, mapping, shard_rows):
 def _settle(path, about, measure_k) -> dict:
     "What the cache at `path` is: read, and compared with what is asked, or decided and written."
     if not path.exists():
-        if path.parent.exists() and any(path.parent.iterdir()): raise FileExistsError(f"{path.parent} holds something else: choose a folder of its own")
+        if path.parent.exists() and any(not p.name.startswith(".") for p in path.parent.iterdir()): raise FileExistsError(f"{path.parent} holds something else: choose a folder of its own")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(path, lambda p: p.write_text(json.dumps(about | measure_k(), indent=1)))
+        write_beside(path, json.dumps(about | measure_k(), indent=1))
     saved = json.loads(path.read_text())
     other = [k for k, v in about.items() if saved[k] != v]
     if other: raise ValueError(f"the logits in {path.parent} are of another {', '.join(other)}: choose another folder")
     return saved
-
-def write_beside(path, write):
-    "Write beside, then rename; what an earlier kill left of this is overwritten."
-    new = path.parent.with_name(f".{path.parent.name}.new"); write(new); new.replace(path)
 
 # %% ../../nbs/distillation/40_losses.ipynb #97a8e16d
 def cache_logits(

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..data import documents, squad, start_token
+from ..data import documents, squad, start_token, write_beside
 from .compressors import COMPRESSORS
 from .masks import fingerprint
 from .reader import CONTROLS, CompressionConfig, Questions, Reader, Slower, end_token, from_json, model_positions, qa_loss, run_name, squad_scores, to_json
@@ -136,8 +136,8 @@ def questions_of(
 
 # %% ../../nbs/gist/52b_qa.ipynb #c93950c2
 def write_json(file:Path, content):
-    "Beside, then renamed."
-    new = file.with_name(f".{file.name}"); new.write_text(json.dumps(content, indent=1, ensure_ascii=False)); new.rename(file)
+    "Whole or not at all."
+    write_beside(file, json.dumps(content, indent=1, ensure_ascii=False))
 
 def train_reader(reader:Reader, questions:Questions, end:int, folder:Path, progress:bool=True, on_step=None) -> float: # Seconds
     "Pretrain and train a reader as its configuration says, with checkpoints in a folder."

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data import ask_hub, local_path, project_root
+from ..data import ask_hub, local_path, project_root, write_beside
 from .dendrites import finalize, growth, n_dendrites, perforate
 from .highlights import mean_scores, paired_bootstrap, papers, score_summary, text_of, verdict
 from .small_t5 import Pairs, small_t5
@@ -301,7 +301,7 @@ def run_experiment(
                params=params(model), bytes=stored_bytes(where), records=tracker.records, dev=final_scores(model, tokenizer, parts["dev"], x)["mean"])
     if timing: out |= latency(model, tokenizer, parts["dev"], x.source_length)
     if test: out["test"] = final_scores(model, tokenizer, parts["test"], x)
-    new = folder/".result.json"; new.write_text(json.dumps(out)); new.replace(file)
+    write_beside(file, json.dumps(out))
     return out
 
 # %% ../../nbs/pai/71_summarize.ipynb #cc1c4191

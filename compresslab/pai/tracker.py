@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..data import write_beside
 from .dendrites import add_dendrites, drop_dendrites, n_dendrites, perforated
 from ..surgery import params
 from ..train import evaluate, fit
@@ -33,9 +34,7 @@ def _tensors(model):
 
 def write_state(model, file:Path):
     "A model's tensors and its number of dendrites."
-    new = file.with_name(f".{file.name}")
-    save_file({n: t.detach().contiguous() for n, t in _tensors(model).items()}, new, metadata=dict(dendrites=str(n_dendrites(model))))
-    new.replace(file)
+    write_beside(file, lambda p: save_file({n: t.detach().contiguous() for n, t in _tensors(model).items()}, p, metadata=dict(dendrites=str(n_dendrites(model)))))
 
 def read_state(model, file:Path):
     "Give a model the tensors that `write_state` wrote, and as many dendrites."
@@ -156,8 +155,7 @@ class _Folder:
 
     def _write(self):
         about = dict(settings=asdict(self.settings), run=self.run, layers=self._layers(), trainable=self.trainable, state=asdict(self.state), records=self.records)
-        new = self.folder/".tracker.json"
-        new.write_text(json.dumps(about, indent=1)); new.replace(self.folder/"tracker.json")
+        write_beside(self.folder/"tracker.json", json.dumps(about, indent=1))
         for old in self.folder.glob("*.safetensors"):
             if old.name not in (self.state.best_file, self.state.latest_file): old.unlink()
 

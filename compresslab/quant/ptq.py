@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..calibration import aim, calibration_inputs, damped, end_hessian, group_hessians, inverse_factor, targets
+from ..data import write_beside
 from .grid import check_bits, dequantize, fit_grid, quantize
 from ..mixtures import is_fused
 from .linear import PackedWeight, check_activations, pack_module
@@ -210,9 +211,7 @@ class _Finished:
 
     def write(self, layer, model, names):
         if not self.folder: return
-        new = self.folder/f"{layer}.new"
-        save_file({f"{n}|{k}": b for n in names for k, b in model.get_submodule(n).weight.state_dict().items()}, new)
-        new.rename(self.folder/f"{layer}.safetensors")
+        write_beside(self.folder/f"{layer}.safetensors", lambda p: save_file({f"{n}|{k}": b for n in names for k, b in model.get_submodule(n).weight.state_dict().items()}, p))
 
     def restore(self, layer, model):
         "Put a finished layer's packed weights in place; False if it is not finished."

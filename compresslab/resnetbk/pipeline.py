@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..calibration import targets
-from ..distillation.losses import fingerprint, write_beside
+from ..data import write_beside
+from ..distillation.losses import fingerprint
 from ..distillation.students import student_of
 from ..lowrank.linear import put_factors, truncate
 from ..mixtures import mixtures
@@ -206,7 +207,7 @@ def largest_of_its_kind(
 # %% ../../nbs/resnetbk/78_pipeline.ipynb #0928e02c
 MODELS = dict(original="original_model", qat="qat_model", pruning="pruned_model", distillation="final_model") # The folder of each stage's result
 
-def _write(file:Path, content): write_beside(file, lambda p: p.write_text(json.dumps(content, indent=1)))
+def _write(file:Path, content): write_beside(file, json.dumps(content, indent=1))
 
 class _Frame:
     "What all stages share."
