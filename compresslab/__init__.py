@@ -74,7 +74,7 @@ class _Registration(PathFinder):
     def register(cls):
         if cls.depth or cls not in sys.meta_path or not any(m in sys.modules for m in cls.with_): return
         sys.meta_path.remove(cls)
-        for module in ("store", "resnetbk.model", "pai.dendrites"): import_module(f"{__name__}.{module}")
+        for module in ("store", "resnetbk.model", "distillation.patches", "pai.dendrites"): import_module(f"{__name__}.{module}")
 
 sys.meta_path.insert(0, _Registration)
 _Registration.register()

@@ -180,7 +180,7 @@ def run_playbook(
     teacher: Annotated[Optional[str], typer.Option(help="Another model to learn from. [default: the model]")] = None,
     teacher_checkpoint: Annotated[Optional[Path], typer.Option(help="Weights for the teacher: a .safetensors file, or a checkpoint's folder.")] = None,
     student: Annotated[Optional[str], typer.Option(help="A float model to begin with. [default: of the planner's shape, made of the model]")] = None,
-    vocabulary: Annotated[Optional[str], typer.Option(help="Tokens to keep at most, or bytes. [default: all]")] = None,
+    vocabulary: Annotated[Optional[str], typer.Option(help="Tokens to keep at most; bytes; or patches: bytes in patches. [default: all]")] = None,
     distill_data: Annotated[Optional[str], typer.Option(help="Text to distil on; teacher: text that the teacher writes, added. [default: that of --data]")] = None,
     finetune_data: Annotated[Optional[str], typer.Option(help="Text to fine-tune on, before the grid.")] = None,
     tokens: Annotated[float, typer.Option(help="To train on, all stages together.")] = 4e6,

@@ -8,7 +8,7 @@ Docs: https://compresslab.github.io/compresslab/data.html.md"""
 __all__ = ['END', 'SPLIT_WORDS', 'HUB', 'TABLES', 'TEXTS', 'project_root', 'settings', 'data_root', 'local_path', 'not_found',
            'hash_split', 'python_stdlib', 'parse_text', 'claimed_split', 'cut', 'cut_pool', 'split_name', 'hub_answers',
            'ask_hub', 'hub_rows', 'documents', 'squad', 'scitldr', 'Blocks', 'start_token', 'windows', 'pack',
-           'calibration_blocks', 'write_beside', 'available', 'fetch']
+           'first_tokens', 'calibration_blocks', 'write_beside', 'available', 'fetch']
 
 # %% ../nbs/01_data.ipynb #8f153ceb
 import configparser, gzip, hashlib, json, os, re, sys, sysconfig
@@ -336,6 +336,20 @@ def _cut(tokenizer, text, ids, n):
     if not tokenizer.is_fast: return ids[:n], tokenizer.decode(ids[:n])
     ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return ids[:n], text[:ends[n-1][1]] if n else ""
+
+# %% ../nbs/01_data.ipynb #d1first02
+def first_tokens(
+    docs:list[str],
+    tokenizer, # Whose tokens are counted
+    n:int,
+) -> list[str]: # Documents; the last one may be cut
+    "The text that the first `n` tokens write."
+    out = []
+    for text in docs:
+        if n <= 0: break
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        out.append(text if len(ids) <= n else _cut(tokenizer, text, ids, n)[1]); n -= len(ids)
+    return out
 
 # %% ../nbs/01_data.ipynb #a62f3c8f
 def calibration_blocks(

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from .data import Blocks, cut, documents, pack, write_beside
+from .data import Blocks, cut, documents, first_tokens, pack, write_beside
 from .ledger import Ledger, Row, measure
 from .stages import STAGES, check_settings, check_stage, nearest, predicted_bytes, processes, twin_of, unchanged
 from .store import find_tokenizer, load, model_path, save, sha256, stored_bytes, weight_files
@@ -151,6 +151,7 @@ class Rows:
     "The rows of a run: token blocks of documents for a tokenizer, or data sets as they were given."
     def __init__(self, settings:dict, seed:int=0):
         self.about, self.seed, self.made = settings, seed, {}
+        self.counter = None # Whose tokens `valid_tokens` and `test_tokens` are; by default those of whoever reads
         given = {p: settings[p] for p in ("test", "valid", "calibration", "train", "finetune")}
         self.sets = {p: v for p, v in given.items() if v is not None and not isinstance(v, str) and not (isinstance(v, list) and v and isinstance(v[0], str))}
         _check_apart({p: v for p, v in self.sets.items() if p != "finetune"}); _check_apart({p: v for p, v in self.sets.items() if p != "train"})    # these two may share
@@ -191,7 +192,9 @@ class Rows:
 
     def _packed(self, part, tokenizer, length):
         trained = part in ("train", "finetune"); most = self.about["train_tokens" if trained else f"{part}_tokens"]
-        blocks = pack(self.texts[part], tokenizer, length, "flow" if trained else "document", most and int(most))
+        texts, other = self.texts[part], self.counter is not None and self.counter.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str()
+        if other and not trained and most: texts, most = first_tokens(texts, self.counter, int(most)), None
+        blocks = pack(texts, tokenizer, length, "flow" if trained else "document", most and int(most))
         return overlapping(blocks, self.about["stride"]) if trained and self.about["stride"] else blocks
 
     def _calibration(self, tokenizer, length):
@@ -246,7 +249,7 @@ class _Runner:
         self.source = self._source(model); self.teacher = self.source if recipe.teacher is None else model_path(recipe.teacher)
         config = AutoConfig.from_pretrained(self.source)
         self.context, self.pairs = getattr(config, "max_position_embeddings", None), config.is_encoder_decoder
-        self.rows = Rows(data, recipe.seed)
+        self.rows = Rows(data, recipe.seed); self.rows.counter = find_tokenizer(self.source)           # every model is scored on the same text
         if self.pairs and self.rows.texts.keys() & {"valid"} and {"train", "valid"} & {n for s, _ in recipe.stages for n in STAGES[s].given}: raise ValueError("an encoder-decoder trains on pairs of texts: pass data sets of input_ids and labels as data")
         if recipe.target["retained_accuracy"] and recipe.evaluation["score"] not in (recipe.evaluation["tasks"] or []) and not ("test" in self.rows.sets or self.rows.texts and not self.pairs): raise ValueError("target: retained_accuracy needs test rows: pass them as data's test")
         if recipe.evaluation["tasks"]: find_tasks(recipe.evaluation["tasks"], recipe.evaluation["data"])             # what cannot be scored is refused before an hour of training

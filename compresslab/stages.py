@@ -9,8 +9,8 @@ __all__ = ['GIVEN', 'STAGES', 'Stage', 'stage', 'nearest', 'number', 'check_sett
            'predicted_bytes', 'predict_packed', 'predict_zeros', 'predict_channels', 'predict_heads', 'predict_hidden',
            'predict_layers', 'predict_student', 'predict_latents', 'predict_mixed', 'unchanged', 'quantize_mixed',
            'magnitude', 'allocated', 'predict_factors', 'low_rank', 'predict_embedding', 'embedding', 'vocabulary',
-           'processes', 'own_words', 'with_written', 'kd', 'qat', 'student', 'given_student', 'cascade',
-           'predict_coded', 'coded', 'finetune', 'lora']
+           'processes', 'lesson', 'own_words', 'with_written', 'kd', 'qat', 'student', 'byte_student', 'given_student',
+           'cascade', 'predict_coded', 'coded', 'finetune', 'lora']
 
 # %% ../nbs/79_stages.ipynb #579a0006
 import copy, difflib, inspect, json, math, re, shutil
@@ -29,6 +29,8 @@ from .coding import PATTERNS, encode
 from .data import Blocks, pack, write_beside
 from .distillation.cascade import ProgressiveDistillation
 from .distillation.generation import write
+from .distillation.losses import align
+from .distillation.patches import BytePatchConfig, BytePatchForCausalLM, byte_tokenizer, cut_by
 from .distillation.students import config_values, kept_layers, kept_units, student_of, student_shape
 from .distillation.trainer import DistillationTrainer
 from .lowrank.embedding import factorize_embedding, vocabulary_groups
@@ -366,15 +368,19 @@ def _kept(model):
     "What keeps the zeros of a pruned model."
     return KeepZeros() if any((m.weight == 0).float().mean() > .05 for m in find(model, LINEAR).values()) else None
 
-def _mapping(model, teacher, tokenizer):
-    "The teacher's token for each of a trimmed student's; None where they are the same."
+def lesson(model, teacher, train, tokenizer, tokens:float, temperature=1., alpha=.7, feature_weight=0., attention_weight=0., kind="forward", seed=0) -> tuple: # The trainer, the rows
+    "Who teaches, and on which rows. A student of the teacher's tokens, or of some of them, hears of tokens; one with a tokenizer of its own of next bytes; with all weight on the text nobody is asked."
+    weights = (temperature, alpha, feature_weight, attention_weight, kind)
+    if not (alpha or feature_weight or attention_weight): return DistillationTrainer(None, model, *weights), train
     ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (model, teacher))
-    if ours == theirs: return None
+    if ours == theirs: return DistillationTrainer(teacher, model, *weights), train
     known = find_tokenizer(teacher.config.name_or_path)
     if known is None or tokenizer is None: raise ValueError(f"the student has {ours} tokens and the teacher {theirs}: a tokenizer beside each says which is which, and one is missing")
-    there = known.get_vocab(); words = tokenizer.convert_ids_to_tokens([*range(ours)]); strange = [w for w in words if w not in there]
-    if strange: raise ValueError(f"{len(strange):,} of the student's {ours:,} tokens are not the teacher's ({strange[0]!r}): a student with a tokenizer of its own cannot be taught here, see align in distillation")
-    return torch.tensor([there[w] for w in words])
+    there = known.get_vocab(); words = tokenizer.convert_ids_to_tokens([*range(ours)])
+    if not isinstance(model, BytePatchForCausalLM) and all(w in there for w in words): return DistillationTrainer(teacher, model, *weights, mapping=torch.tensor([there[w] for w in words])), train
+    length = train[0]["input_ids"].numel(); some = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:math.ceil(1.1*tokens/length)]
+    texts = [tokenizer.decode(row["input_ids"][row["attention_mask"] > 0], skip_special_tokens=True) for row in (train[i] for i in some.tolist())]
+    return DistillationTrainer(teacher, model, *weights, tokenizers=(tokenizer, known)), align(texts, tokenizer, known, length)
 
 def _said(history) -> dict: return dict(steps=len(history), tokens=history[-1]["tokens"], loss=history[-1]["loss"])
 
@@ -397,7 +403,7 @@ def kd(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progres
        written:float=0., lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", warmup:float=.05, save_minutes:float=5., seed:int=0):
     "Distillation from the teacher: `DistillationTrainer`. `written`: so many tokens of text that the teacher writes itself are added to the rows."
     train = with_written(train, teacher, tokenizer, written, checkpoint, seed, progress)
-    trainer = DistillationTrainer(teacher, model, temperature, alpha, feature_weight, attention_weight, kind, mapping=_mapping(model, teacher, tokenizer))
+    trainer, train = lesson(model, teacher, train, tokenizer, tokens, temperature, alpha, feature_weight, attention_weight, kind, seed)
     history = trainer.train(train, tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, warmup=warmup, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, on_step=_kept(model), progress=progress)
     return model, _said(history)
 
@@ -405,7 +411,7 @@ def kd(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progres
 def qat(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progress=True, bits:int=4, group_size:int=32, grid:str="asymmetric", activations:str="float", embeddings:bool=False, shared_scale:bool=False, include=None, exclude=None,
         tokens:float=1e6, hard:float=0., lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", save_minutes:float=5., seed:int=0):
     "Quantization-aware training by distillation from the original, then packing."
-    trainer = DistillationTrainer(teacher, model, 1., 1 - hard, 0., mapping=_mapping(model, teacher, tokenizer))
+    trainer, train = lesson(model, teacher, train, tokenizer, tokens, alpha=1 - hard, seed=seed)
     prepare_qat(model, bits, group_size, grid, activations, include=include, exclude=exclude, embeddings=embeddings, shared_scale=shared_scale)
     history = trainer.train(train, tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, progress=progress)
     return convert(model), _said(history)
@@ -416,6 +422,18 @@ def student(model, calibration, layers=None, hidden_size:int|None=None, intermed
     "`student_of`: a smaller model made of this one's parts."
     made = student_of(model, layers, hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, params_ratio, calibration, initialize, widths, choose_layers, seed=seed, progress=progress)
     return made, dict(choices=str(made.choices))
+
+def _predict_bytes(twin, patch_bytes=4., seed=0, **s):
+    with torch.device("meta"): return BytePatchForCausalLM(BytePatchConfig(**{k: v for k, v in s.items() if v is not None}))
+
+@stage("distillation.bytes", _predict_bytes)
+def byte_student(model, calibration, tokenizer, hidden_size:int=64, num_hidden_layers:int=2, local_layers:int=1, intermediate_size:int|None=None, num_attention_heads:int|None=None, window:int=64, order:int=1, patch_bytes:float=4., seed:int=0):
+    "A student that reads bytes in patches, from random weights; what trains comes after. Patches end by the entropies of the calibration text."
+    if tokenizer is None: raise ValueError("distillation.bytes needs the text behind the tokens, and the model has no tokenizer beside it")
+    torch.manual_seed(seed)
+    made = BytePatchForCausalLM(BytePatchConfig(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, local_layers=local_layers, intermediate_size=intermediate_size, num_attention_heads=num_attention_heads, window=window, order=order))
+    texts = [tokenizer.decode(x.flatten(), skip_special_tokens=True).encode() for x in calibration]
+    return cut_by(made, [torch.tensor([*t]) for t in texts], patch_bytes).to(model.device), dict(tokenizer=byte_tokenizer())
 
 def _predict_given(twin, source): return twin_of(load(source)).to(twin.dtype)
 
@@ -450,7 +468,7 @@ def predict_coded(twin, bits=2.2, embeddings=True, include=None, exclude=None, *
 def coded(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progress=True, bits:float=2.2, embeddings:bool=True, include=None, exclude=None, tokens:float=1e6, hard:float=0., written:float=0., lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", save_minutes:float=5., seed:int=0):
     "Quantization-aware training with a price on bits, by distillation from the original, then packing: `bits` coded bits a weight in the file. `written`: as in `distillation.kd`."
     train = with_written(train, teacher, tokenizer, written, checkpoint, seed, progress)
-    trainer = DistillationTrainer(teacher, model, 1., 1 - hard, 0., mapping=_mapping(model, teacher, tokenizer))
+    trainer, train = lesson(model, teacher, train, tokenizer, tokens, alpha=1 - hard, seed=seed)
     prepare_coded(model, bits, embeddings, include, exclude)
     room = sum(room_for(m.weight.shape, bits) for m in coded_layers(model).values()); settle(model, room)
     history = trainer.train(train, loss=held_to(room, trainer), tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, progress=progress)
@@ -522,8 +540,8 @@ def lora(model, teacher, train, tokenizer, checkpoint, trackers=None, progress=T
         done = folder/f"merged-{i + 1}.safetensors"
         if not done.exists():
             torch.manual_seed(seed + i); _adapters(model, rank)
-            trainer = DistillationTrainer(teacher, model, temperature, alpha, feature_weight, mapping=_mapping(model, teacher, tokenizer))
-            trainer.train(train, tokens=tokens/restarts, lr=lr, batch_size=batch_size, seed=seed + i, checkpoint=folder/f"{i + 1}", save_minutes=save_minutes, trackers=trackers, progress=progress)
+            trainer, rows = lesson(model, teacher, train, tokenizer, tokens/restarts, temperature, alpha, feature_weight, seed=seed)
+            trainer.train(rows, tokens=tokens/restarts, lr=lr, batch_size=batch_size, seed=seed + i, checkpoint=folder/f"{i + 1}", save_minutes=save_minutes, trackers=trackers, progress=progress)
             _merge(model)
             with torch.no_grad():
                 for n, k in kept.items(): model.get_submodule(n).weight.masked_fill_(~k, 0)

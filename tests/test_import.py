@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import compresslab as cl
+from compresslab.distillation.patches import BytePatchConfig, BytePatchForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +16,7 @@ def folders(tmp_path_factory):
     out = tmp_path_factory.mktemp("import"); torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2))
     cl.save(cl.factorize(llama, share=.5, method="plain"), out/"llama")
+    cl.save(BytePatchForCausalLM(BytePatchConfig(hidden_size=16)), out/"bytes")
     cl.save(cl.ResNetBKForCausalLM(cl.ResNetBKConfig(vocab_size=61, d_model=16, n_layers=2, num_experts=0, d_ff=32)), out/"bk")
     return out
 
@@ -35,9 +37,10 @@ def test_import_brings_nothing_heavy():
     "from transformers import AutoModelForCausalLM as Auto; import compresslab; Auto.from_pretrained('llama'); Auto.from_pretrained('bk')",
     "import compresslab; from transformers import LlamaForCausalLM; LlamaForCausalLM.from_pretrained('llama')",
     "import compresslab; from transformers import AutoConfig; assert AutoConfig.from_pretrained('bk').model_type == 'resnet_bk'",
+    "import compresslab; from transformers import AutoModelForCausalLM as Auto; assert Auto.from_pretrained('bytes').config.order == 1",
     "from compresslab.quant.ptq import gptq; from transformers import AutoModelForCausalLM as Auto; Auto.from_pretrained('llama'); Auto.from_pretrained('bk')",
     "import compresslab; compresslab.load('llama'); compresslab.load('bk'); compresslab.quant.ptq.gptq",
-], ids=["ours first", "transformers first", "a class of one family", "the config alone", "a room alone", "our own load"])
+], ids=["ours first", "transformers first", "a class of one family", "the config alone", "bytes in patches", "a room alone", "our own load"])
 def test_folders_load_whatever_was_imported_first(folders, code): fresh(code, folders)
 
 
