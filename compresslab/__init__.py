@@ -10,6 +10,7 @@ _PUBLIC = { # Where each name lives; its module is imported when the name is fir
     "distillation.students": ["student_of"],
     "distillation.trainer": ["DistillationTrainer"],
     "ledger": ["Ledger", "Row", "held_out", "measure"],
+    "interchange": ["export"],
     "lowrank.embedding": ["factorize_embedding"],
     "lowrank.kv": ["latent_kv"],
     "lowrank.linear": ["choose_ranks", "factorize", "rank_sensitivity"],
@@ -36,7 +37,7 @@ _PUBLIC = { # Where each name lives; its module is imported when the name is fir
     "resnetbk.pipeline": ["CompressionPipeline"],
     "resnetbk.quantized": ["quantize_core"],
     "stages": ["stage"],
-    "store": ["export", "load", "save"],
+    "store": ["load", "save"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME)]

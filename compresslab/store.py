@@ -6,23 +6,21 @@ Docs: https://compresslab.github.io/compresslab/store.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'REPLACEMENTS', 'replacement', 'CompresslabConfig', 'CompresslabQuantizer', 'join', 'swap',
-           'manifest_modules', 'sha256', 'weight_files', 'stored_bytes', 'check_replaceable', 'beside', 'cast_buffers',
-           'bytes_beside', 'find_tokenizer', 'save', 'read_manifest', 'model_path', 'load', 'pack_words', 'export']
+           'manifest_modules', 'sha256', 'weight_files', 'stored_bytes', 'check_replaceable', 'beside', 'own_tensors',
+           'lower_buffers', 'cast_buffers', 'bytes_beside', 'find_tokenizer', 'write_folder', 'save', 'read_manifest',
+           'model_path', 'load']
 
 # %% ../nbs/04_store.ipynb #1110a81d
-import copy, hashlib, json, shutil, tempfile, warnings
+import hashlib, json, shutil, tempfile
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
 import torch, transformers
-import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
@@ -197,7 +195,7 @@ def beside(
     except OSError as e: raise OSError(e.errno, f"writing {folder} failed ({e.strerror or e}); " + ("what was there is untouched" if folder.exists() else "nothing was left behind")) from e
 
 # %% ../nbs/04_store.ipynb #7cc94736
-def _tensors(model, modules, ties):
+def own_tensors(model, modules, ties):
     "The state dict, each tensor once where the loader knows that it is shared; `ties` are those that the configuration declares."
     declared = {*ties, *ties.values()}
     joined, seen, out = tuple(f"{n}.weight." for n, e in modules.items() if "tied_to" in e), {}, {}
@@ -210,7 +208,7 @@ def _tensors(model, modules, ties):
         out[name] = t.clone() if again else t
     return out
 
-def _cast_buffers(model):
+def lower_buffers(model):
     "Buffers outside the state dict that are not in float32 any more, with their dtypes."
     kept = model.state_dict().keys()
     return {n: str(b.dtype).removeprefix("torch.") for n, b in model.named_buffers() if n not in kept and b.is_floating_point() and b.dtype != torch.float32}
@@ -242,7 +240,7 @@ def bytes_beside(
 ) -> int:
     "Bytes of the stored file beside some modules: other tensors, and at most so much header."
     inside = {f"{n}.weight" for names in modules.values() for n in names}
-    rest = {n: t for n, t in _tensors(model, manifest_modules(model), model.all_tied_weights_keys).items() if n not in inside}
+    rest = {n: t for n, t in own_tensors(model, manifest_modules(model), model.all_tied_weights_keys).items() if n not in inside}
     total = sum(t.nbytes for t in rest.values())
     entry = lambda dtype, shape: dict(dtype=dtype, shape=[*shape], data_offsets=[total + largest]*2)
     header = {n: entry("F8_E4M3", t.shape) for n, t in rest.items()} | {f"{n}.weight.{p}": entry("BF16", matrix(model.get_submodule(n)).shape) for n in modules for p in parts}
@@ -256,7 +254,7 @@ def find_tokenizer(name_or_path:str, local:bool=False):
     try: return AutoTokenizer.from_pretrained(path or name_or_path, local_files_only=local)
     except (OSError, ValueError, KeyError): return None
 
-def _write(new, model, tensors, config, tokenizer, max_shard_size, **about):
+def write_folder(new, model, tensors, config, tokenizer, max_shard_size, **about):
     "The files of a model folder: weights, configuration, tokenizer, and the list of them."
     try: save_torch_state_dict(tensors, new, max_shard_size=max_shard_size, metadata=dict(format="pt"))
     except SafetensorError as e: raise OSError(getattr(e, "errno", None) or 28, str(e)) from None
@@ -278,13 +276,13 @@ def save(
     "Write a model that `load` and `from_pretrained` rebuild bit for bit, zeros in a sparse layout."
     folder = Path(folder)
     modules = manifest_modules(model)
-    tensors = _tensors(model, modules, model.all_tied_weights_keys)
+    tensors = own_tensors(model, modules, model.all_tied_weights_keys)
     encoded = _encode(model, tensors, entropy)
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     config["dtype"] = str(model.dtype).removeprefix("torch.")   # of what is not packed; transformers would otherwise guess it from a packed tensor
     if modules or encoded: config["quantization_config"] = CompresslabConfig().to_dict()
     with beside(folder) as new:
-        _write(new, model, tensors, config, tokenizer, max_shard_size, modules=modules, encoded=encoded, buffers=_cast_buffers(model))
+        write_folder(new, model, tensors, config, tokenizer, max_shard_size, modules=modules, encoded=encoded, buffers=lower_buffers(model))
     return folder
 
 # %% ../nbs/04_store.ipynb #c15e290c
@@ -343,141 +341,3 @@ def load(
     if wrong: raise ValueError(f"{path} does not fit {cls.__name__}: {len(wrong)} tensors are missing or do not belong, such as {sorted(map(str, wrong))[0]}")
     cast_buffers(model, saved)
     return model.to(device) if device else model
-
-# %% ../nbs/04_store.ipynb #b711d14e
-def pack_words(
-    codes:torch.Tensor, # (R, C) integers from 0 to 2^bits - 1
-    bits:int, # 4 or 8
-) -> torch.Tensor: # (R, ceil(C*bits/32)) int32
-    "Indices in 32-bit words, lowest bits first; a row's last word is filled up with zeros."
-    n = 32//bits
-    runs = F.pad(codes.to(torch.int32), (0, -codes.shape[1] % n)).unflatten(1, (-1, n))
-    return (runs << bits*torch.arange(n, dtype=torch.int32, device=codes.device)).sum(-1, dtype=torch.int32)
-
-# %% ../nbs/04_store.ipynb #895bfacb
-def _scheme(
-    weight,
-    sizes, # Group sizes of the rows with several groups; a row that is one group of such a size is of their kind
-) -> dict:
-    "A weight's grid in the words of compressed-tensors."
-    row = weight.shape[1] <= weight.group_size and not (weight.shape[1] == weight.group_size and weight.group_size in sizes)
-    return dict(num_bits=weight.bits, type="int", symmetric=bool(weight.symmetric), strategy="channel" if row else "group",
-                group_size=None if row else weight.group_size, dynamic=False)
-
-def _misfit(
-    module:nn.Module, # What stands in the model
-    plain:nn.Module, # What it replaced
-) -> tuple[str, bool]: # Why compressed-tensors cannot hold it packed ("" if it can), and whether floats could
-    "What the format cannot say."
-    w = getattr(module, "weight", None)
-    more = [n for n in module.state_dict() if n != "bias" and not n.startswith("weight.")]
-    if more or not hasattr(w, "dequantize"): return f"a {type(module).__name__}{f' with {more[0]}' if more else ''} has no form in compressed-tensors: export models of plain and quantized layers", False
-    if not hasattr(w, "codes"): return f"its {type(w).__name__} holds no indices of a grid", True
-    if not isinstance(plain, nn.Linear): return f"compressed-tensors packs linear layers, not a {type(plain).__name__}", True
-    if w.bits not in (4, 8): return f"vLLM reads 4 and 8 bits, not {w.bits}: quantize it with one of these", True
-    if w.shape[1] > w.group_size and w.shape[1] % w.group_size:
-        return f"its {w.shape[1]} columns in groups of {w.group_size} leave a shorter last group: quantize it with a group_size that divides them (0 is the whole row)", True
-    z = w.zeros().float()
-    return ("its zero points are not all codes of its grid" if ((z < 0) | (z >= 2**w.bits) | (z != z.round())).any() else ""), True
-
-# %% ../nbs/04_store.ipynb #9413543f
-def _bare(model):
-    "The same architecture without weights and without replacements."
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"): del config.quantization_config
-    with torch.device("meta"): return type(model)(config)
-
-def _plan(model, plain, unpack:bool) -> dict: # Name of a replaced module -> its scheme, or None for floats
-    "How each replaced module will be written."
-    ties, plan = plain.all_tied_weights_keys, {}
-    for a, b in ties.items():
-        first, second = (getattr(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in (a, b))
-        if first is not second: raise ValueError(f"{a} and {b} are tied by config.json but no longer the same: set model.config.tie_word_embeddings = False")
-    for name in manifest_modules(model):
-        module, old = model.get_submodule(name), plain.get_submodule(name)
-        why, floats = _misfit(module, old)
-        shared = isinstance(old, nn.Embedding) or f"{name}.weight" in {*ties, *ties.values()}
-        if why and not (floats and (unpack or shared)): raise ValueError(f"{name}: {why}" + (", or pass unpack=True to write it as floats" if floats else ""))
-        plan[name] = None if why or shared else module.weight
-    weights = [w for w in plan.values() if w is not None]
-    if not weights: raise ValueError("no layer of this model can be written packed: quantize its linear layers to 4 or 8 bits first, for example by rtn(model, bits=4)")
-    sizes = {w.group_size for w in weights if w.shape[1] > w.group_size}
-    return {n: w if w is None else _scheme(w, sizes) for n, w in plan.items()}
-
-# %% ../nbs/04_store.ipynb #c275aaee
-def _quantization_config(plan:dict, plain) -> dict:
-    "The `quantization_config` of config.json for a plan."
-    groups = {}
-    for name, scheme in plan.items():
-        if scheme: groups.setdefault(json.dumps(scheme), []).append(name)
-    schemes = [json.loads(s) for s in groups]
-    zeros = not all(s["symmetric"] for s in schemes)
-    if zeros and len(schemes) > 1:
-        one, other, *_ = (names[0] for names in groups.values())
-        raise ValueError(f"{one} and {other} differ in bits, group_size or symmetry, which transformers reads only without zero points: quantize with symmetric=True, or all layers alike")
-    rest = [n for n, m in plain.named_modules() if isinstance(m, nn.Linear) and not plan.get(n)]
-    return dict(quant_method="compressed-tensors", format="pack-quantized", quantization_status="compressed", ignore=rest, kv_cache_scheme=None, global_compression_ratio=None,
-                config_groups={f"group_{i}": dict(targets=["Linear"] if len(schemes) == 1 else names, weights=scheme, input_activations=None, output_activations=None)
-                               for i, (scheme, names) in enumerate(zip(schemes, groups.values()))}, **(dict(dequantize=True) if zeros else {}))
-
-# %% ../nbs/04_store.ipynb #e2e86567
-def _exact_dtype(model, weights) -> torch.dtype:
-    "The model's own dtype if it holds all scales exactly, else float32."
-    exact = all(torch.equal(s.to(model.dtype).float(), s.float()) for s in (w.scales() for w in weights))
-    return model.dtype if exact else torch.float32
-
-def _packed(
-    weight, # With codes(), scales(), zeros(), bits, shape and symmetric
-    dtype:torch.dtype, # Of the scales, where there are zero points
-) -> dict: # The tensors of a layer, by their last name
-    "A weight in the tensors of compressed-tensors."
-    out = dict(weight_packed=pack_words(weight.codes(), weight.bits), weight_shape=torch.tensor([*weight.shape]))
-    if weight.symmetric: return dict(out, weight_scale=weight.scales().clone())
-    return dict(out, weight_scale=weight.scales().to(dtype, copy=True), weight_zero_point=pack_words(weight.zeros().T, weight.bits).T.contiguous())
-
-def _floats(model, plain, plan:dict) -> dict: # Name -> tensor
-    "The weights that are written as floats, in the model's dtype, with a warning that says so."
-    out, bytes_packed = {}, 0
-    for name in (n for n, scheme in plan.items() if not scheme and f"{n}.weight" not in plain.all_tied_weights_keys):
-        w = model.get_submodule(name).weight
-        rows = w.dequantize().to(model.dtype)
-        out[f"{name}.weight"] = (rows.T if isinstance(plain.get_submodule(name), Conv1D) else rows).contiguous()
-        bytes_packed += sum(t.nbytes for t in w.state_dict().values())
-    if out: warnings.warn(f"written as {str(model.dtype).removeprefix('torch.')}, since compressed-tensors cannot pack them: {', '.join(out)} "
-                          f"({sum(t.nbytes for t in out.values()):,} bytes; packed they are {bytes_packed:,})")
-    return out
-
-# %% ../nbs/04_store.ipynb #b5f7bc1e
-def export(
-    model, # A compressed model, or the folder or name of one
-    format:str="compressed-tensors", # The only one so far
-    folder:str|Path|None=None, # Made, or replaced if compresslab wrote it; by default FOLDER-compressed-tensors, beside FOLDER
-    dtype:torch.dtype|None=None, # What config.json tells readers to compute in; by default one in which no scale is rounded
-    unpack:bool=False, # Write layers that the format cannot pack as floats, instead of refusing
-    tokenizer=None, # By default the one that the model's own folder has
-    max_shard_size:str="5GB",
-    progress:bool=True,
-) -> Path: # The folder
-    "Write a model of 4- or 8-bit layers so that transformers and vLLM load it without compresslab."
-    if format != "compressed-tensors": raise ValueError(f"export cannot write {format!r}: use 'compressed-tensors'")
-    if isinstance(model, (str, Path)):
-        path = local_path(str(model))
-        folder = folder or (path and path.resolve().with_name(f"{path.resolve().name}-{format}"))
-        model = load(model)
-    if not folder: raise ValueError("say where: export(model, folder=...)")
-    check_replaceable(Path(folder))
-    plain = _bare(model)
-    plan, ties = _plan(model, plain, unpack), plain.all_tied_weights_keys
-    packed = {n: model.get_submodule(n).weight for n, scheme in plan.items() if scheme}
-    dtype = dtype or _exact_dtype(model, packed.values())
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    config |= dict(dtype=str(dtype).removeprefix("torch."), quantization_config=_quantization_config(plan, plain))
-    if cast := _cast_buffers(model): warnings.warn(f"readers compute {next(iter(cast))} in float32, this model in {next(iter(cast.values()))}: logits will differ slightly")
-    other = next((n for n in packed if getattr(model.get_submodule(n), "activations", "float") != "float"), None)
-    if other: warnings.warn(f"readers compute {other} with float activations, this model with {model.get_submodule(other).activations}: logits will differ")
-    replaced = tuple(f"{n}.weight." for n in plan)
-    with beside(folder) as new:
-        tensors = {n: t for n, t in _tensors(model, manifest_modules(model), ties).items() if not n.startswith(replaced)} | _floats(model, plain, plan)
-        for name, weight in tqdm(packed.items(), desc=format, disable=not progress): tensors |= {f"{name}.{n}": t for n, t in _packed(weight, dtype).items()}
-        _write(new, model, tensors, config, tokenizer, max_shard_size, modules={}, encoded={}, buffers={})
-    return Path(folder)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import compresslab as cl
 from compresslab.quant.linear import PackedEmbedding, PackedLinear
-from compresslab.store import export, find_tokenizer, pack_words, stored_bytes
+from compresslab.interchange import export, pack_words
+from compresslab.store import find_tokenizer, stored_bytes
 from compresslab.surgery import replace
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors reads the exports: pip install compressed-tensors")
@@ -230,7 +231,7 @@ def test_folders_are_as_safe_as_with_save(tiny, tmp_path):
     assert (folder/"NOTES.md").read_text() == "mine" and '"num_bits": 8' in (folder/"config.json").read_text()
     code = f"""
 import resource, signal, compresslab as cl
-from compresslab.store import export
+from compresslab.interchange import export
 model = cl.rtn(cl.load({str(tiny)!r}), 4, 8, True, progress=False)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try: export(model, folder={str(folder)!r}, progress=False)
