@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import command
 
 import compresslab as cl
 from compresslab._modidx import d as index
@@ -123,5 +124,5 @@ def test_python(path, text, place, here, shared):
 def test_shell(line, here):
     if line.startswith(ELSEWHERE): pytest.skip("other tests run it")
     program, *rest = shlex.split(shorter(line))
-    run = subprocess.run([Path(sys.executable).with_name(program), *rest], cwd=here, capture_output=True, text=True)
+    run = command(*rest, cwd=here) if program == "compresslab" else subprocess.run([Path(sys.executable).with_name(program), *rest], cwd=here, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

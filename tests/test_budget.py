@@ -1,12 +1,10 @@
 """Plans against the files that result: presets on three architectures, real text, the command line."""
 import copy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from forked import command
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from compresslab.budget import plan
@@ -71,10 +69,9 @@ def test_a_real_model_reaches_what_was_planned(pylm, tmp_path):
 
 
 def test_the_command(tiny, tmp_path):
-    command = [str(Path(sys.executable).with_name("compresslab")), "plan", str(tiny)]
-    done = subprocess.run([*command, "--ratio", "4", "--out", str(tmp_path/"r.yaml")], capture_output=True, text=True)
+    done = command("plan", tiny, "--ratio", "4", "--out", tmp_path/"r.yaml")
     assert done.returncode == 0 and "bytes predicted" in done.stdout, done.stderr
     assert Recipe.from_yaml(tmp_path/"r.yaml").target["bytes"] == int(stored_bytes(tiny)/4) and yaml.safe_load((tmp_path/"r.yaml").read_text())["model"] == str(tiny)
     for wrong, words in ((["--ratio", "100000"], "cannot be met: the smallest LlamaForCausalLM"), ([], "give one of ratio and bytes"), (["--ratio", "4", "--out", str(tiny)], "is a folder")):
-        failed = subprocess.run([*command, *wrong], capture_output=True, text=True)
+        failed = command("plan", tiny, *wrong)
         assert failed.returncode == 1 and words in failed.stderr and "Traceback" not in failed.stderr, failed.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import command
 
 from compresslab.data import Blocks
 from compresslab.recipe import BLOCKS, REFERENCE, Recipe, Rows
@@ -316,9 +317,9 @@ def test_mistakes_are_one_line_before_anything_runs(mistake, pylm, corpus, tmp_p
 
 def test_the_plan_is_printed_and_nothing_is_written(pylm, corpus, tmp_path):
     recipe = tmp_path/"recipe.yaml"; recipe.write_text(PYLM.format(text=corpus).replace("entropy: true", "entropy: false"))
-    done = subprocess.run([str(Path(sys.executable).with_name("compresslab")), "run", str(recipe), "--model", str(pylm), "--out", str(tmp_path/"a"), "--dry-run"], env=ENV, capture_output=True, text=True)
+    done = command("run", recipe, "--model", pylm, "--out", tmp_path/"a", "--dry-run", env=ENV)
     assert done.returncode == 0 and "quant.gptq" in done.stdout and "predicted bytes" in done.stdout and not (tmp_path/"a").exists(), done.stderr
-    bad = subprocess.run([str(Path(sys.executable).with_name("compresslab")), "run", str(tmp_path/"no.yaml"), "--model", str(pylm), "--out", str(tmp_path/"a")], env=ENV, capture_output=True, text=True)
+    bad = command("run", tmp_path/"no.yaml", "--model", pylm, "--out", tmp_path/"a", env=ENV)
     assert bad.returncode == 1 and bad.stderr.startswith("error: ") and len(bad.stderr.splitlines()) == 1
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from compresslab.recursive.training import Parachute, cache_metrics, finetune, w
 from compresslab.store import find_tokenizer, load, save
 
 ENV = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", COLUMNS="160")
-COMMAND = [str(Path(sys.executable).with_name("compresslab"))]
 
 
 def texts(folder, data, rows, split="valid"):
@@ -191,7 +191,7 @@ def test_a_fresh_process_reads_it(pylm, tmp_path):
 
 
 def test_command_line(tiny, tmp_path):
-    def run(*args): return subprocess.run([*COMMAND, "recursive", *map(str, args)], capture_output=True, text=True, env=ENV)
+    def run(*args): return forked.command("recursive", *args, env=ENV)
     done = run("train", tiny, "--output", tmp_path/"m", "--max-length", 96, "--max-tokens", 1500, "--batch-size", 4, "--similarity-threshold", .6, "--recent", 8)
     assert done.returncode == 0, done.stderr
     history = json.loads((tmp_path/"m"/"metrics.json").read_text())

@@ -1,10 +1,9 @@
 """Tasks by lm-eval: over the public files of MMLU, GSM8K, LAMBADA, SST-2, ARC and BoolQ, against direct computation; packed models; one line where something is missing."""
 import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -94,7 +93,7 @@ def test_without_the_library_one_line_says_how_to_get_it(pylm, monkeypatch):
 
 def test_the_command(pylm, shared, tmp_path):
     import os
-    def command(*args): return subprocess.run([str(Path(sys.executable).with_name("compresslab")), "evaluate", *map(str, args)], capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", COLUMNS="200"))
+    def command(*args): return forked.command("evaluate", *args, env=dict(os.environ, HF_HUB_OFFLINE="1", COLUMNS="200"))
     done = command(pylm, "--tasks", "sst2", "--limit", 4, "--data", shared("sst2").parent, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["sst2"]["n"] == 4
