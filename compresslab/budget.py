@@ -47,7 +47,7 @@ def blank(
     if getattr(config, "quantization_config", None): return blank(load(path))[0], stored_bytes(path)        # packed, or only zeros in a layout of their own
     cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
     with safe_open(weight_files(path)[0], "pt") as f: kinds = [f.get_slice(k).get_dtype() for k in f.keys()]
-    with torch.device("meta"): twin = cls(config) if config.architectures else cls.from_config(config)
+    with torch.device("meta"): twin = cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
     return twin.to(dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)[max(kinds, key=kinds.count)]).eval(), stored_bytes(path)
 
 # %% ../nbs/81_budget.ipynb #97a6488f

@@ -141,7 +141,7 @@ def _prepared(model, ratio, data, out, retained, teacher, checkpoint, student, v
         model, teacher = (model, str(joined)) if teacher else (str(joined), None)
     stages = stages_for(model, budget, tokens, student, vocabulary, Rows(rows, seed) if vocabulary else None, entropy)
     if finetune_data is not None or finetune_tokens: stages = tuned(stages, finetune_tokens or tokens/10)
-    stages = adjusted(stages, **settings, written=tokens/4 if distill_data == "teacher" else None)
+    stages = adjusted(stages, **settings, written=tokens/(16 if vocabulary == "patches" else 4) if distill_data == "teacher" else None)
     if vocabulary is not None: evaluation = dict(evaluation, score="bpb")
     return Recipe(stages, None, rows, dict(bytes=budget, retained_accuracy=retained), evaluation, logging or {}, dict(dtype="bfloat16", entropy=entropy), None, seed, teacher), model
 

@@ -147,11 +147,15 @@ def overlapping(
     return Blocks(*map(again, (blocks.input_ids, blocks.labels, blocks.attention_mask)), blocks.n_bytes, blocks.n_documents)
 
 # %% ../nbs/80_recipe.ipynb #6df9d3af
+def _says(tokenizer) -> str:
+    "What tells a tokenizer from others."
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest() if tokenizer.is_fast else str(tokenizer)
+
 class Rows:
     "The rows of a run: token blocks of documents for a tokenizer, or data sets as they were given."
     def __init__(self, settings:dict, seed:int=0):
         self.about, self.seed, self.made = settings, seed, {}
-        self.counter = None # Whose tokens `valid_tokens` and `test_tokens` are; by default those of whoever reads
+        self.counter = None # Whose tokens all numbers of tokens are; by default those of whoever reads
         given = {p: settings[p] for p in ("test", "valid", "calibration", "train", "finetune")}
         self.sets = {p: v for p, v in given.items() if v is not None and not isinstance(v, str) and not (isinstance(v, list) and v and isinstance(v[0], str))}
         _check_apart({p: v for p, v in self.sets.items() if p != "finetune"}); _check_apart({p: v for p, v in self.sets.items() if p != "train"})    # these two may share
@@ -183,19 +187,31 @@ class Rows:
     def get(self, part:str, tokenizer, context:int|None=None):
         "The rows of a part: `Blocks`, or a list of token ids for calibration."
         if part == "tuning": part = "finetune" if "finetune" in self.sets or "finetune" in self.texts else "train"
-        if part in self.sets: return self.sets[part]
+        if part in self.sets:
+            if self._other(tokenizer): raise ValueError(f"the {part} rows are token ids of the original's, and the model has other tokens now: pass text as data")
+            return self.sets[part]
         if part not in self.texts: raise ValueError(f"data has no {part} rows: pass them too, or a name for text")
         if tokenizer is None: raise ValueError("the model has no tokenizer beside it: pass data sets of token ids as data")
-        length, key = min(self.about["length"], context or 2**30), (part, hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest() if tokenizer.is_fast else str(tokenizer), context)
+        length, key = min(round(self._times(tokenizer)*self.about["length"]), context or 2**30), (part, _says(tokenizer), context)
         if key not in self.made: self.made[key] = self._calibration(tokenizer, length) if part == "calibration" else self._packed(part, tokenizer, length)
         return self.made[key]
 
     def _packed(self, part, tokenizer, length):
         trained = part in ("train", "finetune"); most = self.about["train_tokens" if trained else f"{part}_tokens"]
-        texts, other = self.texts[part], self.counter is not None and self.counter.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str()
-        if other and not trained and most: texts, most = first_tokens(texts, self.counter, int(most)), None
-        blocks = pack(texts, tokenizer, length, "flow" if trained else "document", most and int(most))
-        return overlapping(blocks, self.about["stride"]) if trained and self.about["stride"] else blocks
+        texts, times, stride = self.texts[part], self._times(tokenizer), self.about["stride"]
+        if not trained and most and self._other(tokenizer): texts, most = first_tokens(texts, self.counter, int(most)), None
+        blocks = pack(texts, tokenizer, length, "flow" if trained else "document", most and round(times*most))
+        return overlapping(blocks, round(times*stride)) if trained and stride else blocks
+
+    def _other(self, tokenizer) -> bool:
+        "Whether a tokenizer is another one than that whose tokens are counted."
+        return self.counter is not None and tokenizer is not None and _says(tokenizer) != _says(self.counter)
+
+    def _times(self, tokenizer) -> float:
+        "How many tokens take the place of one that is counted."
+        if not self._other(tokenizer): return 1.
+        some = "\n".join(next(iter(self.texts.values())))[:50_000]
+        return len(tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"])/max(1, len(self.counter(some, add_special_tokens=False, verbose=False)["input_ids"]))
 
     def _calibration(self, tokenizer, length):
         n = self.about["samples"]
@@ -248,7 +264,7 @@ class _Runner:
         self.device = device or (processes().device if several else "cuda" if torch.cuda.is_available() else "cpu")
         self.source = self._source(model); self.teacher = self.source if recipe.teacher is None else model_path(recipe.teacher)
         config = AutoConfig.from_pretrained(self.source)
-        self.context, self.pairs = getattr(config, "max_position_embeddings", None), config.is_encoder_decoder
+        self.pairs = config.is_encoder_decoder
         self.rows = Rows(data, recipe.seed); self.rows.counter = find_tokenizer(self.source)           # every model is scored on the same text
         if self.pairs and self.rows.texts.keys() & {"valid"} and {"train", "valid"} & {n for s, _ in recipe.stages for n in STAGES[s].given}: raise ValueError("an encoder-decoder trains on pairs of texts: pass data sets of input_ids and labels as data")
         if recipe.target["retained_accuracy"] and recipe.evaluation["score"] not in (recipe.evaluation["tasks"] or []) and not ("test" in self.rows.sets or self.rows.texts and not self.pairs): raise ValueError("target: retained_accuracy needs test rows: pass them as data's test")
@@ -287,8 +303,12 @@ def _keys(self) -> list[str]:
     for name, settings in self.recipe.stages: keys.append(_digest(keys[-1], name, settings))
     return keys
 
+def _context(folder) -> int|None:
+    "The positions that a model has, where it says so."
+    return getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+
 def _valid(self, folder): # Rows to score on, or None
-    part = self.rows.get("valid", find_tokenizer(str(folder)), self.context) if "valid" in self.rows.sets or not self.pairs else None
+    part = self.rows.get("valid", find_tokenizer(str(folder)), _context(folder)) if "valid" in self.rows.sets or not self.pairs else None
     return part
 
 def _row(self, i, name, folder, seconds) -> Row:
@@ -303,7 +323,7 @@ def _given(self, i, before:Path) -> dict: # Name -> a function that makes it
     tokenizer = find_tokenizer(str(before)); floats = lambda folder: nn.Module.float(load(folder)).to(self.device)
     return dict(model=lambda: floats(before), teacher=lambda: floats(self.teacher), tokenizer=lambda: tokenizer, checkpoint=lambda: self.place(i)/"checkpoint",
                 trackers=lambda: self.recipe.logging["trackers"], progress=lambda: self.progress,
-                **{p: (lambda p=p: self.rows.get(p, tokenizer, self.context)) for p in ("calibration", "train", "tuning", "valid")})
+                **{p: (lambda p=p: self.rows.get(p, tokenizer, _context(before))) for p in ("calibration", "train", "tuning", "valid")})
 
 def _stage(self, i, before:Path, key:str) -> dict:
     "Run one stage, write its result, measure it."
@@ -390,7 +410,7 @@ def _summary(self, rows, final) -> dict:
     first, last, score, scores = rows[0]["row"], rows[-1]["row"], self.recipe.evaluation["score"], {}
     if "test" in self.rows.sets or self.rows.texts and not self.pairs:
         for name, folder in dict(original=self.source, final=final).items():
-            found = evaluate(load(folder, self.device), self.rows.get("test", find_tokenizer(str(folder)), self.context), progress=False)
+            found = evaluate(load(folder, self.device), self.rows.get("test", find_tokenizer(str(folder)), _context(folder)), progress=False)
             scores[name] = {k: v for k, v in vars(found).items() if k != "seconds"}
     tasks = {k: _tasks(self, folder) for k, folder in dict(original=self.source, final=final).items()}
     task = score in tasks["final"]

@@ -9,8 +9,8 @@ __all__ = ['GIVEN', 'STAGES', 'Stage', 'stage', 'nearest', 'number', 'check_sett
            'predicted_bytes', 'predict_packed', 'predict_zeros', 'predict_channels', 'predict_heads', 'predict_hidden',
            'predict_layers', 'predict_student', 'predict_latents', 'predict_mixed', 'unchanged', 'quantize_mixed',
            'magnitude', 'allocated', 'predict_factors', 'low_rank', 'predict_embedding', 'embedding', 'vocabulary',
-           'processes', 'lesson', 'own_words', 'with_written', 'kd', 'qat', 'student', 'byte_student', 'given_student',
-           'cascade', 'predict_coded', 'coded', 'finetune', 'lora']
+           'processes', 'lesson', 'written', 'own_words', 'with_written', 'kd', 'qat', 'student', 'byte_student',
+           'given_student', 'cascade', 'predict_coded', 'coded', 'finetune', 'lora']
 
 # %% ../nbs/79_stages.ipynb #579a0006
 import copy, difflib, inspect, json, math, re, shutil
@@ -373,14 +373,20 @@ def lesson(model, teacher, train, tokenizer, tokens:float, temperature=1., alpha
     weights = (temperature, alpha, feature_weight, attention_weight, kind)
     if not (alpha or feature_weight or attention_weight): return DistillationTrainer(None, model, *weights), train
     ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (model, teacher))
-    if ours == theirs: return DistillationTrainer(teacher, model, *weights), train
     known = find_tokenizer(teacher.config.name_or_path)
+    if ours == theirs and (known is None or tokenizer is None or known.get_vocab() == tokenizer.get_vocab()): return DistillationTrainer(teacher, model, *weights), train
     if known is None or tokenizer is None: raise ValueError(f"the student has {ours} tokens and the teacher {theirs}: a tokenizer beside each says which is which, and one is missing")
     there = known.get_vocab(); words = tokenizer.convert_ids_to_tokens([*range(ours)])
     if not isinstance(model, BytePatchForCausalLM) and all(w in there for w in words): return DistillationTrainer(teacher, model, *weights, mapping=torch.tensor([there[w] for w in words])), train
     length = train[0]["input_ids"].numel(); some = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:math.ceil(1.1*tokens/length)]
-    texts = [tokenizer.decode(row["input_ids"][row["attention_mask"] > 0], skip_special_tokens=True) for row in (train[i] for i in some.tolist())]
+    texts = [t for i in some.tolist() for t in written(train[i]["input_ids"][train[i]["attention_mask"] > 0].tolist(), tokenizer)]
     return DistillationTrainer(teacher, model, *weights, tokenizers=(tokenizer, known)), align(texts, tokenizer, known, length)
+
+def written(ids:list[int], tokenizer) -> list[str]: # A text for each document that the row has a part of
+    "What a row of tokens says; of a character that the row cuts, nothing."
+    cuts = [i for i, t in enumerate(ids) if t in {*tokenizer.all_special_ids}]
+    parts = [ids[a + 1:b] for a, b in zip([-1, *cuts], [*cuts, len(ids)])]
+    return [text for p in parts if (text := tokenizer.decode(p).strip("\ufffd"))]
 
 def _said(history) -> dict: return dict(steps=len(history), tokens=history[-1]["tokens"], loss=history[-1]["loss"])
 
@@ -432,8 +438,8 @@ def byte_student(model, calibration, tokenizer, hidden_size:int=64, num_hidden_l
     if tokenizer is None: raise ValueError("distillation.bytes needs the text behind the tokens, and the model has no tokenizer beside it")
     torch.manual_seed(seed)
     made = BytePatchForCausalLM(BytePatchConfig(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, local_layers=local_layers, intermediate_size=intermediate_size, num_attention_heads=num_attention_heads, window=window, order=order))
-    texts = [tokenizer.decode(x.flatten(), skip_special_tokens=True).encode() for x in calibration]
-    return cut_by(made, [torch.tensor([*t]) for t in texts], patch_bytes).to(model.device), dict(tokenizer=byte_tokenizer())
+    texts = [t for x in calibration for t in written((x["input_ids"] if isinstance(x, dict) else x).flatten().tolist(), tokenizer)]
+    return cut_by(made, [torch.tensor([*t.encode()]) for t in texts], patch_bytes).to(model.device), dict(tokenizer=byte_tokenizer())
 
 def _predict_given(twin, source): return twin_of(load(source)).to(twin.dtype)
 
@@ -535,12 +541,11 @@ def lora(model, teacher, train, tokenizer, checkpoint, trackers=None, progress=T
     "Recovery by low-rank updates, one after the other, each distilled from the original and merged."
     if not (isinstance(restarts, int) and restarts > 0): raise ValueError(f"restarts={restarts!r} is not supported: use a whole number above 0")
     folder, kept = Path(checkpoint), {n: m.weight != 0 for n, m in find(model, LINEAR).items() if (m.weight == 0).float().mean() > .05}
-    losses = []
     for i in range(restarts):
         done = folder/f"merged-{i + 1}.safetensors"
         if not done.exists():
             torch.manual_seed(seed + i); _adapters(model, rank)
-            trainer, rows = lesson(model, teacher, train, tokenizer, tokens/restarts, temperature, alpha, feature_weight, seed=seed)
+            trainer, rows = lesson(model, teacher, train, tokenizer, tokens/restarts, temperature, alpha, feature_weight, seed=seed + i)
             trainer.train(rows, tokens=tokens/restarts, lr=lr, batch_size=batch_size, seed=seed + i, checkpoint=folder/f"{i + 1}", save_minutes=save_minutes, trackers=trackers, progress=progress)
             _merge(model)
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A compressed model on disk, and back, bit for bit; and in a form that others read.
+"""A compressed model on disk, and back, bit for bit.
 
 Docs: https://compresslab.github.io/compresslab/store.html.md"""
 

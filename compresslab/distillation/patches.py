@@ -25,7 +25,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     "A tokenizer whose token ids are the bytes of the text in UTF-8."
     t = Tokenizer(models.BPE(vocab={c: b for b, c in bytes_to_unicode().items()}, merges=[]))
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left", clean_up_tokenization_spaces=False, split_special_tokens=True)
 
 # %% ../../nbs/distillation/43_patches.ipynb #43b00012
 def contexts(
@@ -73,6 +73,7 @@ class BytePatchConfig(PreTrainedConfig):
         self.num_attention_heads = num_attention_heads or max(h for h in range(1, max(1, hidden_size//32) + 1) if hidden_size % (2*h) == 0 or h == 1)
         self.max_position_embeddings, self.initializer_range, self.rms_norm_eps = max_position_embeddings, initializer_range, rms_norm_eps
         if hidden_size % (2*self.num_attention_heads): raise ValueError(f"hidden_size={hidden_size} does not give {self.num_attention_heads} heads of an even width")
+        if vocab_size != VOCABULARY: raise ValueError(f"vocab_size={vocab_size} is not supported: bytes and three marks are {VOCABULARY}")
         if order not in (1, 2): raise ValueError(f"order={order!r} is not supported: use 1 or 2")
         super().__init__(tie_word_embeddings=tie_word_embeddings, **{**dict(bos_token_id=256, eos_token_id=257, pad_token_id=258, use_cache=False), **kwargs})
 
@@ -92,8 +93,7 @@ class BytePatchForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.encoder, self.decoder = (_stack(config, config.local_layers, config.window) for _ in range(2))
-        self.trunk = _stack(config, config.num_hidden_layers, None)
+        self.encoder, self.trunk, self.decoder = (_stack(config, *of) for of in ((config.local_layers, config.window), (config.num_hidden_layers, None), (config.local_layers, config.window)))
         self.begin = nn.Parameter(torch.zeros(config.hidden_size))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("boundaries", torch.full((-(-config.vocab_size**config.order//8),), 255, dtype=torch.uint8))     # a bit a context; at first every byte is a patch
@@ -102,7 +102,8 @@ class BytePatchForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self): return self.embed_tokens
     def set_input_embeddings(self, module): self.embed_tokens = module
     @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool: return False # `generate` reads the whole text at every step
+    def _supports_default_dynamic_cache(cls) -> bool: return False
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs): return dict(input_ids=input_ids, attention_mask=attention_mask) # the whole text at every step
 
     def ends(self, input_ids, attention_mask=None) -> torch.Tensor: # (B, N) bool
         "Where patches end."
@@ -139,8 +140,9 @@ def cut_by(
     order, rows = model.config.order, [r for r in rows if len(r) > 1]
     found = next_byte_entropy(rows, order)
     met = torch.cat([contexts(r[None], order)[0] for r in rows])
-    often, by = met.bincount(minlength=len(found)), found.argsort(descending=True)
-    n = int((often[by].cumsum(0) <= max(len(met)/patch_bytes, int(often[by[0]]))).sum())       # the hardest contexts, as long as patches do not get shorter than asked
-    marks = torch.zeros(8*len(model.boundaries), dtype=torch.uint8); marks[by[:n]] = 1; marks[:len(often)] *= often > 0
+    often = met.bincount(minlength=len(found)); by = found.argsort(descending=True); by = by[often[by] > 0]
+    ended = often[by].cumsum(0)                                # patches, if the hardest contexts so far end them
+    n = 1 + int((ended*patch_bytes/len(met)).log().abs().argmin())                  # as near to the length as contexts allow
+    marks = torch.zeros(8*len(model.boundaries), dtype=torch.uint8); marks[by[:n]] = 1
     model.boundaries.copy_((marks.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8))
     return model
