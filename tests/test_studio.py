@@ -103,7 +103,7 @@ def test_page_runs_and_sliders_change_the_ratio(tab, pylm, monkeypatch):
         monkeypatch.setattr(here, "side_by_side", slowly)
         set_slider(tab, "threshold", .9); tab.wait_for_timeout(300); tab.click("#run")
         tab.wait_for_function("h => document.querySelector('#numbers').innerHTML !== h", arg=before)
-        tab.click("#stop"); tab.wait_for_function(OFF.replace("return ", "return !(").replace(" }", ") }"))
+        tab.wait_for_function(OFF); tab.click("#stop"); tab.wait_for_function(OFF.replace("return ", "return !(").replace(" }", ") }"))
         with tab.expect_download() as got: tab.click("#json")
         assert 1 <= len(json.loads(Path(got.value.path()).read_text())["events"]) < 90, "it was stopped"
 
