@@ -1,4 +1,4 @@
-"""Processes forked from one that has the large libraries imported and has done nothing else: as clean as a new one, and some seconds sooner."""
+"""Processes forked from one that has the large libraries imported and has done nothing else: as clean as a new one, and some seconds sooner. What a library reads of the environment when it is imported (TQDM_DISABLE is such) is that of the tests."""
 import multiprocessing
 import os
 import subprocess

@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import forked
 import pytest
 import torch
 
@@ -30,9 +29,7 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def command(*args, launcher=()):
-    args, env = ["playbook", *map(str, args)], dict(ENV, ACCELERATE_USE_CPU="true")
-    return subprocess.run([*launcher, *args], env=env, capture_output=True, text=True, timeout=500) if launcher else forked.command(*args, env=env)
+def command(*args, launcher=()): return subprocess.run([*(launcher or [str(Path(sys.executable).with_name("compresslab"))]), "playbook", *map(str, args)], env=dict(ENV, ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=500)
 
 
 def test_the_command_with_all_its_options(tiny, corpus, tmp_path):
