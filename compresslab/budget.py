@@ -28,8 +28,8 @@ from .lowrank.linear import most_rank
 from .mixtures import is_fused
 from .quant.linear import PackedWeight
 from .recipe import Recipe
-from .stages import STAGES, check_stage, predicted_bytes, twin_of
 from .resizing import mlp_width
+from .stages import STAGES, check_stage, predicted_bytes, twin_of
 from .store import load, manifest_modules, model_path, stored_bytes, weight_files
 from .surgery import matrix, stacks
 

@@ -146,11 +146,12 @@ def overlapping(
         return stream.unfold(0, length, stride).contiguous() if n >= length else t
     return Blocks(*map(again, (blocks.input_ids, blocks.labels, blocks.attention_mask)), blocks.n_bytes, blocks.n_documents)
 
-# %% ../nbs/80_recipe.ipynb #6df9d3af
+# %% ../nbs/80_recipe.ipynb #80says01
 def _says(tokenizer) -> str:
     "What tells a tokenizer from others."
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest() if tokenizer.is_fast else str(tokenizer)
 
+# %% ../nbs/80_recipe.ipynb #6df9d3af
 class Rows:
     "The rows of a run: token blocks of documents for a tokenizer, or data sets as they were given."
     def __init__(self, settings:dict, seed:int=0):
@@ -187,19 +188,23 @@ class Rows:
     def get(self, part:str, tokenizer, context:int|None=None):
         "The rows of a part: `Blocks`, or a list of token ids for calibration."
         if part == "tuning": part = "finetune" if "finetune" in self.sets or "finetune" in self.texts else "train"
+        other = self._other(tokenizer)
         if part in self.sets:
-            if self._other(tokenizer): raise ValueError(f"the {part} rows are token ids of the original's, and the model has other tokens now: pass text as data")
+            if other: raise ValueError(f"the {part} rows are token ids of the original's, and the model has other tokens now: pass text as data")
             return self.sets[part]
         if part not in self.texts: raise ValueError(f"data has no {part} rows: pass them too, or a name for text")
         if tokenizer is None: raise ValueError("the model has no tokenizer beside it: pass data sets of token ids as data")
-        length, key = min(round(self._times(tokenizer)*self.about["length"]), context or 2**30), (part, _says(tokenizer), context)
-        if key not in self.made: self.made[key] = self._calibration(tokenizer, length) if part == "calibration" else self._packed(part, tokenizer, length)
+        key = (part, _says(tokenizer), context)
+        if key not in self.made:
+            times = self._times(tokenizer) if other else 1.
+            length = min(round(times*self.about["length"]), context or 2**30)
+            self.made[key] = self._calibration(tokenizer, length) if part == "calibration" else self._packed(part, tokenizer, length, other, times)
         return self.made[key]
 
-    def _packed(self, part, tokenizer, length):
+    def _packed(self, part, tokenizer, length, other, times):
         trained = part in ("train", "finetune"); most = self.about["train_tokens" if trained else f"{part}_tokens"]
-        texts, times, stride = self.texts[part], self._times(tokenizer), self.about["stride"]
-        if not trained and most and self._other(tokenizer): texts, most = first_tokens(texts, self.counter, int(most)), None
+        texts, stride = self.texts[part], self.about["stride"]
+        if not trained and most and other: texts, most = first_tokens(texts, self.counter, int(most)), None
         blocks = pack(texts, tokenizer, length, "flow" if trained else "document", most and round(times*most))
         return overlapping(blocks, round(times*stride)) if trained and stride else blocks
 
@@ -209,7 +214,6 @@ class Rows:
 
     def _times(self, tokenizer) -> float:
         "How many tokens take the place of one that is counted."
-        if not self._other(tokenizer): return 1.
         some = "\n".join(next(iter(self.texts.values())))[:50_000]
         return len(tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"])/max(1, len(self.counter(some, add_special_tokens=False, verbose=False)["input_ids"]))
 

@@ -384,10 +384,11 @@ def lesson(model, teacher, train, tokenizer, tokens:float, temperature=1., alpha
 
 def written(ids:list[int], tokenizer) -> list[str]: # A text for each document that the row has a part of
     "What a row of tokens says; of a character that the row cuts, nothing."
-    cuts = [i for i, t in enumerate(ids) if t in {*tokenizer.all_special_ids}]
+    special = {*tokenizer.all_special_ids}; cuts = [i for i, t in enumerate(ids) if t in special]
     parts = [ids[a + 1:b] for a, b in zip([-1, *cuts], [*cuts, len(ids)])]
     return [text for p in parts if (text := tokenizer.decode(p).strip("\ufffd"))]
 
+# %% ../nbs/79_stages.ipynb #79train1
 def _said(history) -> dict: return dict(steps=len(history), tokens=history[-1]["tokens"], loss=history[-1]["loss"])
 
 def own_words(teacher, tokenizer, length:int, tokens:float, file:Path, seed:int=0, progress:bool=True) -> Blocks: # tokens: of the teacher's
@@ -404,6 +405,7 @@ def with_written(train, teacher, tokenizer, tokens:float, checkpoint, seed:int, 
     if not tokens: return train
     return ConcatDataset([train, own_words(teacher, tokenizer, train[0]["input_ids"].numel(), tokens, Path(checkpoint).parent/"written.json", seed, progress)])
 
+# %% ../nbs/79_stages.ipynb #79train2
 @stage("distillation.kd", unchanged)
 def kd(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progress=True, tokens:float=1e6, temperature:float=2., alpha:float=.7, feature_weight:float=.1, attention_weight:float=0., kind="forward",
        written:float=0., lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", warmup:float=.05, save_minutes:float=5., seed:int=0):
@@ -422,6 +424,7 @@ def qat(model, teacher, train, tokenizer, checkpoint=None, trackers=None, progre
     history = trainer.train(train, tokens=tokens, lr=lr, batch_size=batch_size, optimizer=optimizer, seed=seed, checkpoint=checkpoint, save_minutes=save_minutes, trackers=trackers, progress=progress)
     return convert(model), _said(history)
 
+# %% ../nbs/79_stages.ipynb #79train3
 @stage("distillation.student", predict_student)
 def student(model, calibration, layers=None, hidden_size:int|None=None, intermediate_size:int|None=None, num_attention_heads:int|None=None, num_key_value_heads:int|None=None, params_ratio:float|None=None,
             initialize:str="teacher", widths:str="rotate", choose_layers:str="even", seed:int=0, progress=True):
@@ -450,6 +453,7 @@ def given_student(model, source:str):
     if manifest_modules(found): raise ValueError(f"{source} is compressed already: a student begins in float")
     return nn.Module.float(found).to(model.device), dict(tokenizer=find_tokenizer(model_path(source)))
 
+# %% ../nbs/79_stages.ipynb #79train4
 @stage("distillation.cascade")
 def cascade(model, train, calibration, tokenizer, checkpoint, trackers=None, progress=True, sizes=(.5, .25), tokens:float=1e6, temperature:float=2., alpha:float=.7, feature_weight:float=.1, lr:float=1e-3, batch_size:int=16, optimizer:str="adamw", save_minutes:float=5., seed:int=0):
     "`ProgressiveDistillation`: each student teaches the next."
@@ -551,7 +555,7 @@ def lora(model, teacher, train, tokenizer, checkpoint, trackers=None, progress=T
             with torch.no_grad():
                 for n, k in kept.items(): model.get_submodule(n).weight.masked_fill_(~k, 0)
             if processes().is_main_process:
-                folder.mkdir(parents=True, exist_ok=True); save_file({n: p.detach().cpu().contiguous().clone() for n, p in model.named_parameters()}, folder/"new.safetensors"); (folder/"new.safetensors").replace(done)
+                folder.mkdir(parents=True, exist_ok=True); write_beside(done, lambda f: save_file({n: p.detach().cpu().contiguous().clone() for n, p in model.named_parameters()}, f))
                 shutil.rmtree(folder/f"{i + 1}", ignore_errors=True)
             processes().wait_for_everyone()
         state = load_file(done)
