@@ -71,11 +71,12 @@ def python_stdlib(
     split:str="train", # "train", "valid", "test" or "all"
 ) -> list[dict]: # `{"source": path inside the library, "text": its code}`, sorted by path
     "The standard library's own source code, split by file."
-    root = Path(sysconfig.get_paths()["stdlib"])
-    rows = []
-    for file in sorted(root.rglob("*.py")):
+    root, rows, files = Path(sysconfig.get_paths()["stdlib"]), [], []
+    for folder, inside, names in os.walk(root):
+        if folder == str(root): inside[:] = {*inside} - {"encodings", "pydoc_data", "site-packages", "dist-packages"}   # tables, and what is no part of it
+        files += [Path(folder)/n for n in names if n.endswith(".py")]
+    for file in sorted(files):
         key = file.relative_to(root).as_posix()
-        if key.startswith(("encodings/", "pydoc_data/", "site-packages/", "dist-packages/")): continue
         if split not in ("all", hash_split(key)): continue
         try: text = file.read_bytes().decode("utf-8")
         except UnicodeDecodeError: continue  # a few test files are broken on purpose
