@@ -376,10 +376,12 @@ def calibration_blocks(
 # %% ../nbs/01_data.ipynb #d1beside02
 def write_beside(
     path, # Of the file
-    content, # Text, or a function that writes to the path it is given
+    content, # Text, a dict or list that becomes JSON, or a function that writes to the path it is given
 ):
-    "Write a file beside its place, then rename it; what an earlier kill left of this is overwritten."
+    "Write a file beside its place, then rename it; what an earlier kill left of this is overwritten. The folder is made."
     path = Path(path); new = path.with_name(f".{path.name}.new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, (dict, list)): content = json.dumps(content, indent=1, default=lambda x: x.item() if hasattr(x, "item") else str(x))   # numpy's numbers, paths
     new.write_text(content, encoding="utf-8") if isinstance(content, str) else content(new)
     new.replace(path)
 

@@ -189,7 +189,7 @@ class Ledger:
 
     def save(self, path:str|Path):
         "Write as JSON."
-        write_beside(path, json.dumps(self.to_dicts(), indent=1))
+        write_beside(path, self.to_dicts())
 
     @classmethod
     def from_json(cls, path:str|Path) -> "Ledger":

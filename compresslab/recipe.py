@@ -242,10 +242,6 @@ def cast_floats(model, dtype:torch.dtype): # Parameters only: buffers of positio
 
 def _digest(*parts) -> str: return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-def _write(file:Path, content):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(file, json.dumps(content, indent=1, default=str))
-
 @dataclass
 class Run:
     "What a recipe has come to."
@@ -357,7 +353,7 @@ def _begin(place, key):
     "A folder without what another recipe, or a kill while saving, left in it."
     begun = json.loads((place/"begun.json").read_text()) if (place/"begun.json").exists() else None
     if begun and begun["key"] != key: shutil.rmtree(place)
-    _write(place/"begun.json", dict(key=key))
+    write_beside(place/"begun.json", dict(key=key))
     for left in place.glob(".model.*"): shutil.rmtree(left, ignore_errors=True)
 
 def _keep(self, i, found, tokenizer, key, start):
@@ -369,7 +365,7 @@ def _keep(self, i, found, tokenizer, key, start):
     model.config._name_or_path = ""                                                      # not the folder of a stage before
     save(cast_floats(model, dtype), place/"model", tokenizer, self.recipe.storage["entropy"])
     row = _row(self, i, name, place/"model", time.time() - start)
-    _write(place/"stage.json", dict(key=key, row=asdict(row), notes=notes))
+    write_beside(place/"stage.json", dict(key=key, row=asdict(row), notes=notes))
     for logs in [p for n in ("compresslab", "wandb") for p in sorted((place/"checkpoint").rglob(n)) if p.is_dir()]:                                           # a tracker's
         kept = place/"-".join(logs.relative_to(place/"checkpoint").parts)
         if not kept.exists(): logs.rename(kept)
@@ -393,7 +389,7 @@ def _finish(self, rows):
     if self.recipe.storage["keep"] == "final":
         for i in range(1, len(rows)): shutil.rmtree(self.place(i)/"model", ignore_errors=True)
     found = _summary(self, rows, final)
-    _write(self.out/"summary.json", found)
+    write_beside(self.out/"summary.json", found)
     for name, text in (("summary.md", summary_markdown(found)), ("summary.html", summary_html(found))): write_beside(self.out/name, text)
 
 def _tasks(self, folder) -> dict:
@@ -406,7 +402,7 @@ def _tasks(self, folder) -> dict:
     for task, key in keys.items():
         if key in kept: continue
         kept[key] = task_scores(str(folder), task, e["data"], e["limit"], e["shots"], device=self.device, progress=self.progress)[task]
-        _write(self.out/"tasks.json", kept)
+        write_beside(self.out/"tasks.json", kept)
     return {t: kept[k] for t, k in keys.items()}
 
 def _summary(self, rows, final) -> dict:
@@ -435,8 +431,8 @@ def _go(self) -> Run:
     keys, stages, rows, before = self.keys(), self.recipe.stages, [], Path(self.source)
     found = [self.done(i, k) for i, k in enumerate(keys)]                                # another run's folder is refused before anything is written
     def begin():
-        if found[0] is None: _write(self.place(0)/"stage.json", dict(key=keys[0], row=asdict(_row(self, 0, "original", self.source, None)), notes={}))
-        _write(self.out/"recipe.json", vars(self.recipe))
+        if found[0] is None: write_beside(self.place(0)/"stage.json", dict(key=keys[0], row=asdict(_row(self, 0, "original", self.source, None)), notes={}))
+        write_beside(self.out/"recipe.json", vars(self.recipe))
     self.alone(begin)
     found[0] = json.loads((self.place(0)/"stage.json").read_text())
     ledger = Ledger()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from .data import project_root, settings
+from .data import project_root, settings, write_beside
 
 # %% ../nbs/90_report.ipynb #3870564c
 def reports() -> dict[str, Path]: # name -> notebook
@@ -147,6 +147,17 @@ class Checks(list):
         measured:str,
         met=None, # Whether it met that; None: no verdict
     ): self.append({"what": what, "asked": asked, "measured": measured, "": "" if met is None else "met" if met else "MISSED"})
+
+    def finish(self,
+        out:Path, # The run's folder
+        **metrics, # What else was measured
+    ): # A table, to be shown
+        "Write `metrics.json`, and say how many were met."
+        import pandas as pd
+        write_beside(Path(out)/"metrics.json", dict(metrics, checks=self))
+        verdicts = [c[""] for c in self if c[""]]
+        if verdicts: print(f"{verdicts.count('met')} of {len(verdicts)} met")
+        return pd.DataFrame(self).style.hide().set_properties(**{"text-align": "left"})
 
 # %% ../nbs/90_report.ipynb #2d754549
 def headline(

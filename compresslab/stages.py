@@ -396,7 +396,7 @@ def own_words(teacher, tokenizer, length:int, tokens:float, file:Path, seed:int=
     if tokenizer is None or (known := find_tokenizer(teacher.config.name_or_path)) is None: raise ValueError("what a teacher writes is read back as text: a tokenizer beside both models is needed")
     if processes().is_main_process and not file.exists():
         texts = [known.decode(x["input_ids"][x["attention_mask"] > 0], skip_special_tokens=True) for x in write(teacher, max(1, round(tokens/length)), new=length - 1, seed=seed, progress=progress)]
-        file.parent.mkdir(parents=True, exist_ok=True); write_beside(file, json.dumps(texts))
+        write_beside(file, texts)
     processes().wait_for_everyone()
     return pack([t for t in json.loads(file.read_text()) if t], tokenizer, length)
 
@@ -555,7 +555,7 @@ def lora(model, teacher, train, tokenizer, checkpoint, trackers=None, progress=T
             with torch.no_grad():
                 for n, k in kept.items(): model.get_submodule(n).weight.masked_fill_(~k, 0)
             if processes().is_main_process:
-                folder.mkdir(parents=True, exist_ok=True); write_beside(done, lambda f: save_file({n: p.detach().cpu().contiguous().clone() for n, p in model.named_parameters()}, f))
+                write_beside(done, lambda f: save_file({n: p.detach().cpu().contiguous().clone() for n, p in model.named_parameters()}, f))
                 shutil.rmtree(folder/f"{i + 1}", ignore_errors=True)
             processes().wait_for_everyone()
         state = load_file(done)

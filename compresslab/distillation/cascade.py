@@ -41,7 +41,7 @@ def _claim(folder:Path, about:dict):
     file = folder/"cascade.json"
     if not file.exists():
         if folder.exists() and any(folder.iterdir()): raise FileExistsError(f"{folder} holds something else: choose a folder of its own")
-        folder.mkdir(parents=True, exist_ok=True); write_beside(file, json.dumps(about, indent=1))
+        write_beside(file, about)
     saved = json.loads(file.read_text())
     other = [k for k, v in about.items() if saved.get(k) != v]
     if other: raise ValueError(f"{folder} holds another cascade (its {', '.join(other)} differ): choose another folder, or remove it")
@@ -100,7 +100,7 @@ class ProgressiveDistillation:
         save(student, place/"model", tokenizer)
         row = dict(params=params(student), tokens=history[-1]["tokens"], loss=history[-1]["loss"], trained_seconds=history[-1]["seconds"], folder=str(place/"model"), history=[*history])
         row |= {k: v for k, v in scores.items() if k in ("nll", "bpb", "top1", "divergence", "agreement")}
-        write_beside(place/"stage.json", json.dumps(row, indent=1))
+        write_beside(place/"stage.json", row)
         shutil.rmtree(place/"checkpoint", ignore_errors=True)
 
     def to_frame(self) -> pd.DataFrame: # A row a stage

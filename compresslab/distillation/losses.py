@@ -170,7 +170,7 @@ def _settle(path, about, measure_k) -> dict:
     if not path.exists():
         if path.parent.exists() and any(not p.name.startswith(".") for p in path.parent.iterdir()): raise FileExistsError(f"{path.parent} holds something else: choose a folder of its own")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(path, json.dumps(about | measure_k(), indent=1))
+        write_beside(path, about | measure_k())
     saved = json.loads(path.read_text())
     other = [k for k, v in about.items() if saved[k] != v]
     if other: raise ValueError(f"the logits in {path.parent} are of another {', '.join(other)}: choose another folder")

@@ -301,7 +301,7 @@ def run_experiment(
                params=params(model), bytes=stored_bytes(where), records=tracker.records, dev=final_scores(model, tokenizer, parts["dev"], x)["mean"])
     if timing: out |= latency(model, tokenizer, parts["dev"], x.source_length)
     if test: out["test"] = final_scores(model, tokenizer, parts["test"], x)
-    write_beside(file, json.dumps(out))
+    write_beside(file, out)
     return out
 
 # %% ../../nbs/pai/71_summarize.ipynb #cc1c4191

@@ -155,7 +155,7 @@ class _Folder:
 
     def _write(self):
         about = dict(settings=asdict(self.settings), run=self.run, layers=self._layers(), trainable=self.trainable, state=asdict(self.state), records=self.records)
-        write_beside(self.folder/"tracker.json", json.dumps(about, indent=1))
+        write_beside(self.folder/"tracker.json", about)
         for old in self.folder.glob("*.safetensors"):
             if old.name not in (self.state.best_file, self.state.latest_file): old.unlink()
 

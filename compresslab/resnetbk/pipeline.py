@@ -207,7 +207,6 @@ def largest_of_its_kind(
 # %% ../../nbs/resnetbk/78_pipeline.ipynb #0928e02c
 MODELS = dict(original="original_model", qat="qat_model", pruning="pruned_model", distillation="final_model") # The folder of each stage's result
 
-def _write(file:Path, content): write_beside(file, json.dumps(content, indent=1))
 
 class _Frame:
     "What all stages share."
@@ -220,7 +219,7 @@ class _Frame:
         if not file.exists():
             if self.folder.exists() and any(self.folder.iterdir()) and not (start_from is not None and (self.folder/"pruning.json").exists()): raise FileExistsError(f"{self.folder} holds something else: choose a folder of its own")
             if start_from is not None and not (self.folder/"pruning.json").exists(): self._take(Path(start_from), differing)
-            self.folder.mkdir(parents=True, exist_ok=True); _write(file, about)
+            write_beside(file, about)
         if other := differing(self.folder): raise ValueError(f"{self.folder} holds another run (its {other} differ): choose another folder, or remove it")
 
     def _take(self, source:Path, differing):
@@ -238,7 +237,7 @@ class _Frame:
         if not file.exists():
             start = time.time(); about = run(); folder = self.folder/MODELS[name]
             scores = evaluate(load(folder).to(self.device), self.valid, progress=self.progress)
-            _write(file, dict(about, final_perplexity=scores.ppl, nll=scores.nll, bits_per_byte=scores.bpb, bytes=stored_bytes(folder), seconds=time.time() - start))
+            write_beside(file, dict(about, final_perplexity=scores.ppl, nll=scores.nll, bits_per_byte=scores.bpb, bytes=stored_bytes(folder), seconds=time.time() - start))
             shutil.rmtree(self.folder/"checkpoint", ignore_errors=True)
         return json.loads(file.read_text())
 
@@ -281,7 +280,7 @@ class _Stages(_Frame):
             left = self._prune(model, epoch, times)
             student = prepared(model, FOUR)
             losses = self._learn(student, self.model, self.settings["hard"], epochs/times, self.settings["stage_lr"], f"pruning-{epoch}")
-            about = self._keep("pruning", student, training_losses=losses, left=left); _write(done, about)
+            about = self._keep("pruning", student, training_losses=losses, left=left); write_beside(done, about)
         each = [json.loads((self.folder/"behind"/f"pruning-{e}.json").read_text()) for e in range(1, times + 1)]
         kind = "active_experts_history" if has_experts(self.model) else "active_channels_history"
         return dict(training_losses=sum((e["training_losses"] for e in each), []), parameters=each[-1]["parameters"], **{"active_experts_history": [], kind: [e["left"] for e in each]})
@@ -308,7 +307,7 @@ class _Stages(_Frame):
             student, shape, grid = largest_student(source, self.budget, scratch) if isinstance(source, ResNetBKForCausalLM) else largest_of_its_kind(source, self.budget, scratch, self.calibration)
             losses = self._learn(student, teacher, hard, self.settings["floating"]*epochs, self.settings["lr"], "student")
             scores = evaluate(student.eval(), self.valid, progress=self.progress)
-            save(student, behind/"student"); _write(behind/"student.json", dict(shape=shape, grid=grid, losses=losses, perplexity=scores.ppl))
+            save(student, behind/"student"); write_beside(behind/"student.json", dict(shape=shape, grid=grid, losses=losses, perplexity=scores.ppl))
         made = json.loads((behind/"student.json").read_text())
         student = load(behind/"student").to(self.device)
         numbers = params(student)
@@ -370,7 +369,7 @@ class CompressionPipeline(_Stages):
         self.budget = int(original["bytes"]/self.target)
         stages = dict(qat=self._stage("qat", lambda: self._qat(qat_epochs)), pruning=self._stage("pruning", lambda: self._pruning(pruning_epochs)), distillation=self._stage("distillation", lambda: self._distillation(distillation_epochs)))
         metrics = self._metrics(original, stages)
-        _write(self.folder/"metrics.json", metrics); self._draw(original, stages)
+        write_beside(self.folder/"metrics.json", metrics); self._draw(original, stages)
         return load(self.folder/"final_model").to(self.device), metrics
 
     def _metrics(self, original, stages) -> dict:
