@@ -136,13 +136,13 @@ def token_masks(inputs:list[dict], decoder:bool) -> list: # decoder: of an encod
         return x["decoder_attention_mask"] if "decoder_attention_mask" in x else x["labels"] != -100 if "labels" in x else x.get("attention_mask")
     return [mask(x) for x in inputs]
 
-def layer_inputs(run, modules:list, sample) -> list: # A tensor each; None for one that is not reached
-    "What modules read when a sample is run up to the last of them."
+def layer_inputs(run, modules:list, sample, stop:bool=True) -> list: # A tensor each; None for one that is not reached
+    "What modules read when a sample is run up to the last of them, or to its end."
     seen = {}
     def hook(k):
         def pre(m, args):
-            seen.setdefault(k, args[0] if len(modules) == 1 else args[0].clone())      # what runs on may write into it
-            if len(seen) == len(modules): raise Stop
+            seen.setdefault(k, args[0] if stop and len(modules) == 1 else args[0].clone())      # what runs on may write into it
+            if stop and len(seen) == len(modules): raise Stop
         return pre
     handles = [m.register_forward_pre_hook(hook(k)) for k, m in enumerate(modules)]
     try: run(sample)
@@ -171,11 +171,12 @@ def untouched_inputs(
     samples:int, # How many there are
     room:int=2**30, # Bytes of them that are kept, so that one pass a sample is enough; what does not fit is computed when it is asked for
 ): # A function of (module's number, sample): what that module reads
-    "What the modules of a layer read while nothing is changed."
+    "What the modules of a layer read while nothing is changed; its outputs are kept for the walk."
     kept = {}
+    def run(s): visit.outputs[s] = visit.run(s)
     for s in range(samples):
         if room <= 0: break
-        kept[s] = layer_inputs(visit.run, modules, s)
+        kept[s] = layer_inputs(run, modules, s, stop=False)
         room -= sum(x.nbytes for x in kept[s] if x is not None)
     return lambda k, s: kept[s][k] if s in kept else layer_inputs(visit.run, [modules[k]], s)[0]
 

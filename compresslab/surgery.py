@@ -9,7 +9,7 @@ __all__ = ['LINEAR', 'matrix', 'selected', 'find', 'stacks', 'tied', 'replace', 
 
 # %% ../nbs/02_surgery.ipynb #25cba477
 import copy, re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -88,6 +88,7 @@ class Visit:
     hidden:list # This layer's input, one (B, T, D) tensor a sample
     calls:list # The other arguments, (args, kwargs) a sample
     original:"Visit|None"=None # The untouched layer on what untouched layers feed it, where the walk keeps that too
+    outputs:dict=field(default_factory=dict) # Sample -> its output, where somebody has already computed what will not change; the walk takes it
 
     def run(self, sample:int) -> torch.Tensor: # (B, T, D)
         "The layer's output for one sample, computed now."
@@ -158,6 +159,6 @@ def walk(
             yield visit
             for s in range(len(hidden)):                              # one sample at a time, in place
                 hidden[s] = visit.run(s)
-                if keep_original: clean[s] = visit.original.run(s)
+                if keep_original: clean[s] = visit.original.outputs.pop(s) if s in visit.original.outputs else visit.original.run(s)
             calls[i] = None; bar.update()
     bar.close()
