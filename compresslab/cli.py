@@ -46,9 +46,9 @@ def compress(
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize the embeddings and the output head too.")] = False,
     activations: Annotated[Activations, typer.Option(help="int8: round the layers' inputs too; reads prompts faster.")] = Activations.float,
     calibration: Annotated[str, typer.Option(help="Text for gptq, awq and learned: a file, a folder or a data name.")] = "python-stdlib",
-    samples: Annotated[int, typer.Option(help="Calibration blocks.")] = 128,
+    samples: Annotated[int, typer.Option(help="Calibration blocks.")] = 64,
     on: Annotated[Optional[str], typer.Option(help="Text to measure on. [default: the calibration corpus's validation part]")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to score.")] = 50_000,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to score.")] = 20_000,
     all: Annotated[bool, typer.Option("--all", help="Score all of the text.")] = False,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … [default: cuda where there is one]")] = None,
 ):
