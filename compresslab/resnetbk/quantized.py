@@ -19,7 +19,8 @@ from torch import nn
 from ..calibration import calibration_inputs
 from ..mixtures import check_mixture, mixtures, real, watch
 from ..pruning.experts import best_set, check_site, remove_experts, set_error, sites, twin
-from ..quant.complex import ComplexGrid, FakeQuantizeComplex, calibrating, quantize as quantize_complex
+from ..quant.complex import ComplexGrid
+from ..quant.complex_layers import FakeQuantizeComplex, calibrating, quantize as quantize_complex
 from ..quant.experts import gptq_expert, pack_matrix, quantize_experts
 from ..quant.grid import check_bits, dequantize, ends_grid, quantize
 from ..quant.linear import keep_dtype
