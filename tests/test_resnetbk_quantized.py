@@ -13,8 +13,9 @@ from compresslab.quant.experts import quantize_experts
 from compresslab.quant.ptq import rtn
 from compresslab.quant.qat import convert, prepare_qat
 from compresslab.resnetbk.core import bk_core
+from compresslab.resnetbk.experts import PrunedMoELayer, QuantizedMoELayer
 from compresslab.resnetbk.model import BKMixer, ResNetBKConfig, ResNetBKForCausalLM
-from compresslab.resnetbk.quantized import PerChannelQuantizedBKCore, PrunedMoELayer, QuantizedBKCore, QuantizedBKMixer, QuantizedMoELayer, quantize_core
+from compresslab.resnetbk.quantized import PerChannelQuantizedBKCore, QuantizedBKCore, QuantizedBKMixer, quantize_core
 from compresslab.store import find_tokenizer, load, save, stored_bytes
 from compresslab.surgery import replace
 from compresslab.train import evaluate, fit

@@ -22,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import rotate_half
 
-from ..quant.kv import BlockFormat
+from ..quant.blocks import BlockFormat
 from .cluster import CELLS, Clustering, ThresholdModulator, first_leaders, percentile_so_far
 from ..store import replacement, swap
 
