@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..data import documents, squad, start_token, write_beside
+from .cache import fingerprint
 from .compressors import COMPRESSORS
-from .masks import fingerprint
 from .reader import CONTROLS, CompressionConfig, Questions, Reader, Slower, end_token, from_json, model_positions, qa_loss, run_name, to_json
 from ..store import find_tokenizer, load
 from ..surgery import params
@@ -100,7 +100,7 @@ def squad_scores(
 def save_reader(
     reader:Reader,
     file:str|Path,
-    of:str, # `masks.fingerprint` of the language model, before it got adapters
+    of:str, # `cache.fingerprint` of the language model, before it got adapters
 ):
     "Write what a reader learned."
     save_file({n: p.detach().contiguous().cpu() for n, p in reader.learned().items()}, file, metadata=dict(model=of, config=to_json(reader.config)))
