@@ -10,9 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import compresslab as cl
 from compresslab.data import documents
+from compresslab.gist.cache import cached_logits, compress, generate, gist_memory, load_cache, save_cache
 from compresslab.gist.compressors import COMPRESSORS, make_compressor
-from compresslab.gist.masks import (SEES, add_gist_token, cached_logits, compress, generate, gist_examples, gist_forward, gist_loss, gist_memory,
-                                    load_cache, save_cache)
+from compresslab.gist.masks import SEES, add_gist_token, gist_examples, gist_forward, gist_loss
 from compresslab.store import find_tokenizer
 from compresslab.train import fit
 
@@ -71,7 +71,7 @@ def test_a_fresh_process_answers_from_the_file(stories, tmp_path):
     cache = compress(model, tokenized(tokenizer, ["Lily had a red ball.<gist><gist>"], "left"), gist_id)
     save_cache(cache, tmp_path/"prompt")
     code = ("import sys, torch, compresslab as cl; torch.set_num_threads(1)\n"
-            "from compresslab.gist.masks import load_cache, cached_logits\n"
+            "from compresslab.gist.cache import load_cache, cached_logits\n"
             "ids = torch.tensor([[5, 6, 7]])\n"
             "with torch.no_grad(): torch.save(cached_logits(cl.load(sys.argv[1] + '/model'), load_cache(sys.argv[1] + '/prompt'), dict(input_ids=ids)), sys.argv[1] + '/logits.pt')")
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)

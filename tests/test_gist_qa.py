@@ -14,8 +14,8 @@ from compresslab.data import squad
 from compresslab.gist import qa
 from compresslab.gist.compressors import COMPRESSORS
 from compresslab.gist.cost import context_costs, forward_flops, kv_bytes, questions_to_pay
-from compresslab.gist.qa import CompressionConfig, ablation_table, answer, grid, load_reader, mentions, questions_of, run_ablations, run_single_ablation, write_rows
-from compresslab.gist.reader import CONTROLS, Questions, Reader, model_positions, qa_loss, read_row, run_name, squad_scores
+from compresslab.gist.qa import CompressionConfig, ablation_table, answer, grid, load_reader, mentions, questions_of, run_ablations, run_single_ablation, squad_scores, write_rows
+from compresslab.gist.reader import CONTROLS, Questions, Reader, model_positions, qa_loss, read_row, run_name
 from compresslab.store import find_tokenizer, load
 
 

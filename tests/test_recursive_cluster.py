@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from compresslab.data import documents, pack
-from compresslab.recursive.cluster import Arrivals, Clustering, StreamingClusters, ThresholdModulator, cluster, directions, dots, first_leaders, layer_schedule, rows, surprisal
+from compresslab.recursive.cluster import Arrivals, StreamingClusters, cluster, rows
+from compresslab.recursive.leaders import Clustering, ThresholdModulator, directions, dots, first_leaders, layer_schedule, surprisal
 from compresslab.store import find_tokenizer, load
 
 EVERYTHING = Clustering(percentile=.4, floor=.2, window=48, position_weight=.2, attention_weight=.3, shield=.3)

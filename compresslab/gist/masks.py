@@ -1,4 +1,4 @@
-"""A language model learns to put a prompt into a few tokens of its own; their keys and values are kept, the prompt is forgotten.
+"""A language model learns to put a prompt into a few tokens of its own, under a mask that hides the prompt from what stands behind.
 
 Docs: https://compresslab.github.io/compresslab/gist/masks.html.md"""
 
@@ -6,29 +6,17 @@ Docs: https://compresslab.github.io/compresslab/gist/masks.html.md"""
 
 # %% auto #0
 __all__ = ['SEES', 'add_gist_token', 'token_mask', 'segments', 'behind_gists', 'gist_mask', 'encoder_gists', 'positions',
-           'check_positions', 'encoder_sees', 'gist_forward', 'gist_examples', 'gist_loss', 'fingerprint', 'GistCache',
-           'compress', 'question_inputs', 'cached_logits', 'save_cache', 'load_cache', 'generate', 'gist_memory']
+           'check_positions', 'encoder_sees', 'gist_forward', 'gist_examples', 'gist_loss']
 
 # %% ../../nbs/gist/51_masks.ipynb #2d7227e2
-import hashlib, inspect, json
+import inspect
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_bidirectional_mask, create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutput
-
-from .compressors import compact
-from ..store import beside, sha256
 
 # %% ../../nbs/gist/51_masks.ipynb #630ffe37
 def _check_growable(model):
@@ -186,155 +174,3 @@ def gist_loss(
 ): # loss(model, batch), as `train.fit` wants it
     "Mean negative log-likelihood of the answers under the gist mask."
     return lambda model, batch: gist_forward(model, batch, gist_id, sees).loss
-
-# %% ../../nbs/gist/51_masks.ipynb #abafbda9
-def fingerprint(model) -> str:
-    "A hash of the names, shapes, dtypes and first 64 numbers of a model's tensors."
-    h = hashlib.sha256()
-    for name, t in model.state_dict().items():
-        if isinstance(t, torch.Tensor): h.update(f"{name} {tuple(t.shape)} {t.dtype}".encode() + t.detach().flatten()[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
-
-@torch.no_grad()
-def _gist_states(model, batch, mask, segment) -> list[tuple]: # (keys, values), (B, H, K, d) each, a layer
-    "What the model's cache holds of the gists after reading the prompts."
-    mode = model.training
-    try: past = model.eval().base_model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions(mask), use_cache=True).past_key_values
-    finally: model.train(mode)
-    odd = next((type(l).__name__ for l in past.layers if type(l) is not DynamicLayer), None)
-    if odd: raise TypeError(f"{type(model).__name__} caches in a {odd}: a gist cache needs attention over all tokens in every layer")
-    at = ((segment == 1) & mask.bool()).nonzero()[:, 1].view(len(mask), 1, -1, 1)
-    return [tuple(x.gather(2, at.to(x.device).expand(-1, x.shape[1], -1, x.shape[3])) for x in (l.keys, l.values)) for l in past.layers]
-
-# %% ../../nbs/gist/51_masks.ipynb #9b70983d
-@dataclass
-class GistCache:
-    "Keys and values of gist tokens, a row a prompt: made by `compress`, kept by `save_cache`, asked by `cached_logits` and `generate`."
-    keys:list            # (B, H, K, d), a layer
-    values:list          # (B, H, K, d), a layer
-    lengths:torch.Tensor # (B,) int64, tokens of each prompt, gists not counted
-    gist_id:int          # The gist token, which no question may hold and no answer gets
-    model:str            # Fingerprint of the weights that made it
-
-    n_gist = property(lambda self: self.keys[0].shape[2]) # K
-    nbytes = property(lambda self: sum(t.nbytes for t in (*self.keys, *self.values)))
-    def __len__(self): return len(self.lengths)
-
-    def select(self, rows) -> "GistCache": # Indices, each as often as wanted
-        "Some of the prompts, in another order or several times."
-        pick = lambda t: t[torch.as_tensor(rows, device=t.device)]
-        return GistCache([*map(pick, self.keys)], [*map(pick, self.values)], pick(self.lengths), self.gist_id, self.model)
-
-    def past(self, model) -> DynamicCache: # A fresh one, which may grow; this one stays as it is
-        "The gists as transformers' cache."
-        if fingerprint(model) != self.model: raise ValueError("this gist cache was made by other weights: compress the prompt again with this model")
-        past = DynamicCache(config=model.config)
-        for layer, (k, v) in enumerate(zip(self.keys, self.values)): past.update(k.to(model.device), v.to(model.device), layer)
-        return past
-
-# %% ../../nbs/gist/51_masks.ipynb #f2fe78bc
-def compress(
-    model, # A causal transformers model, trained to use gists
-    batch:dict, # `input_ids` (B, T): prompts, each with its gists behind it; maybe `attention_mask` (B, T)
-    gist_id:int,
-) -> GistCache:
-    "Read prompts once and keep the keys and values of their gists."
-    if model.config.is_encoder_decoder: raise TypeError(f"{type(model).__name__} is an encoder-decoder, whose encoder keeps no keys and values: use gist_memory")
-    _check(model, batch["input_ids"], gist_id, "gist")
-    mask = token_mask(batch)
-    segment = segments(batch["input_ids"], gist_id, mask)
-    check_positions(model, mask.sum(1))
-    counts, behind = ((segment == 1) & mask.bool()).sum(1), ((segment == 2) & mask.bool()).any(1)
-    if behind.any(): raise ValueError(f"row {int(behind.nonzero()[0])} goes on behind its gists: compress the prompt alone, and ask later")
-    if (counts != counts[0]).any(): raise ValueError(f"rows have {int(counts.min())} to {int(counts.max())} gist tokens: give all the same number")
-    keys, values = zip(*_gist_states(model, batch, mask, segment))
-    return GistCache([*keys], [*values], mask.sum(1) - counts, gist_id, fingerprint(model))
-
-# %% ../../nbs/gist/51_masks.ipynb #75b3e2f6
-def question_inputs(
-    model, # The causal transformers model that made the cache
-    cache:GistCache, # One prompt, or one for each question
-    batch:dict, # `input_ids` (B, T) of what stands behind the gists, maybe `attention_mask` (B, T)
-    more:int=0, # Tokens that will follow
-) -> dict: # What to call the model with
-    "A model's arguments for questions to compressed prompts."
-    ids, mask = batch["input_ids"], token_mask(batch)
-    if len(cache) == 1: cache = cache.select([0]*len(ids))
-    if len(cache) != len(ids): raise ValueError(f"{len(ids)} questions to {len(cache)} prompts: select as many rows of the cache as there are questions")
-    if not mask.any(1).all(): raise ValueError(f"row {int((~mask.any(1)).nonzero()[0])} has no question: one token or more must follow the gists")
-    if ((ids == cache.gist_id) & mask.bool()).any(): raise ValueError("a question holds the gist token: it belongs behind a prompt, before it is compressed")
-    start = cache.lengths.to(ids.device) + cache.n_gist
-    check_positions(model, start + mask.sum(1) + more)
-    whole = torch.cat([mask.new_ones(len(mask), cache.n_gist), mask], 1)
-    return dict(input_ids=ids, attention_mask=whole, position_ids=start[:, None] + positions(mask), past_key_values=cache.past(model))
-
-def cached_logits(model, cache:GistCache, batch:dict) -> torch.Tensor: # (B, T, V)
-    "What the model says behind the gists."
-    return model(**question_inputs(model, cache, batch), use_cache=True).logits
-
-# %% ../../nbs/gist/51_masks.ipynb #5ef5983c
-def save_cache(
-    cache:GistCache,
-    folder:str|Path, # Made, or replaced if compresslab wrote it
-) -> Path: # The folder
-    "Write a gist cache: `gist.safetensors` and `compresslab.json`."
-    with beside(Path(folder)) as new:
-        tensors = {f"{n}.{i}": t.contiguous() for n, ts in (("keys", cache.keys), ("values", cache.values)) for i, t in enumerate(ts)}
-        save_file(dict(tensors, lengths=cache.lengths), file := new/"gist.safetensors")
-        about = dict(kind="gist cache", format=1, model=cache.model, gist_id=cache.gist_id, layers=len(cache.keys), bytes=file.stat().st_size, sha256=sha256(file), written=["compresslab.json", file.name])
-        (new/"compresslab.json").write_text(json.dumps(about, indent=1))
-    return Path(folder)
-
-def load_cache(
-    folder:str|Path, # What `save_cache` wrote
-) -> GistCache: # On the CPU; it moves to the model's device when used
-    "Read a gist cache, checked."
-    about, file = Path(folder)/"compresslab.json", Path(folder)/"gist.safetensors"
-    if not about.is_file() or not file.is_file(): raise FileNotFoundError(f"{folder} is no gist cache: {(file if about.is_file() else about).name} is missing")
-    try:
-        says = json.loads(about.read_text())
-        kind, version, model, gist_id, layers, size, digest = (says.get(n) for n in ("kind", "format", "model", "gist_id", "layers", "bytes", "sha256"))
-    except (ValueError, AttributeError): raise ValueError(f"{about} is damaged: it is not JSON that compresslab wrote") from None
-    if kind != "gist cache" or version != 1: raise ValueError(f"{about} describes {kind or 'something else'} (format {version}), not a gist cache that this compresslab reads")
-    if file.stat().st_size != size or sha256(file) != digest: raise ValueError(f"{file} is truncated or was changed after it was written: compress the prompt again")
-    try:
-        t = load_file(file)
-        keys, values = ([t[f"{n}.{i}"] for i in range(layers)] for n in ("keys", "values"))
-        return GistCache(keys, values, t["lengths"], gist_id, model)
-    except (SafetensorError, KeyError, TypeError): raise ValueError(f"{about} does not fit {file.name}: one of them is damaged") from None
-
-# %% ../../nbs/gist/51_masks.ipynb #0331177c
-def generate(
-    model, # A causal transformers model
-    cache:GistCache,
-    batch:dict, # `input_ids` (B, T) of questions, maybe `attention_mask` (B, T); padding on any side
-    max_new_tokens:int=32,
-    **options, # Of transformers' `generate`: do_sample, num_beams, …
-) -> torch.Tensor: # (B, at most max_new_tokens), the answers alone
-    "Answer questions from gists."
-    ids, mask = batch["input_ids"], token_mask(batch)
-    order = mask.argsort(dim=1, stable=True)
-    inputs = question_inputs(model, cache, dict(input_ids=ids.gather(1, order), attention_mask=mask.gather(1, order)), max_new_tokens)
-    default = options.get("generation_config") or model.generation_config
-    copies = max(options.get(n) or getattr(default, n) or 1 for n in ("num_beams", "num_return_sequences"))
-    options["suppress_tokens"] = [*(options.get("suppress_tokens", default.suppress_tokens) or []), cache.gist_id]
-    if copies > 1: inputs["past_key_values"].batch_repeat_interleave(copies)
-    if default.pad_token_id is None and "pad_token_id" not in options:           # what fills finished rows; transformers would take the end token, and warn
-        end = options.get("eos_token_id", default.eos_token_id)
-        options["pad_token_id"] = 0 if end is None else end[0] if isinstance(end, list) else end
-    return model.generate(**inputs, max_new_tokens=max_new_tokens, **options)[:, ids.shape[1]:]
-
-# %% ../../nbs/gist/51_masks.ipynb #29805050
-@torch.no_grad()
-def gist_memory(
-    model, # An encoder-decoder
-    batch:dict, # `input_ids` (B, T): prompt, gists and question; maybe `attention_mask` (B, T)
-    gist_id:int,
-    sees:str="gist", # As in `gist_mask`
-) -> dict: # `encoder_outputs` and `attention_mask`, to call or generate with
-    "Encode under the gist mask and keep what the decoder may see."
-    if not model.config.is_encoder_decoder: raise TypeError(f"{type(model).__name__} has no encoder: use compress")
-    mask, attend = token_mask(batch), gist_mask(model, batch, gist_id, sees)
-    hidden = model.get_encoder()(batch["input_ids"], attention_mask=attend).last_hidden_state
-    hidden, lengths = compact(hidden, mask*(segments(batch["input_ids"], gist_id, mask) >= SEES[sees]))
-    return dict(encoder_outputs=BaseModelOutput(hidden), attention_mask=(torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]).long())

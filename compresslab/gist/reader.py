@@ -9,11 +9,10 @@ __all__ = ['LOSSES', 'CONTROLS', 'LINGUA', 'CompressionConfig', 'check_config', 
            'cut', 'end_token', 'read_row', 'kept_tokens', 'llmlingua2', 'preserved', 'keep_likely', 'padded',
            'Questions', 'add_lora', 'check_model', 'Reader', 'states', 'compress', 'prefix', 'logits', 'answer_logits',
            'greedy', 'cross_entropy', 'contrastive', 'divergence', 'forward', 'context_room', 'model_positions',
-           'whole_logits', 'qa_loss', 'Slower', 'normalized', 'overlap', 'squad_scores']
+           'whole_logits', 'qa_loss', 'Slower']
 
 # %% ../../nbs/gist/52_reader.ipynb #04854241
-import inspect, json, random, re, string, warnings
-from collections import Counter
+import inspect, json, random, warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -445,23 +444,3 @@ class Slower:
     def __call__(self, model, history):
         for n, p in model.named_parameters():
             if n in self.before: p.copy_(torch.lerp(self.before[n], p, self.ratio)); self.before[n].copy_(p)
-
-# %% ../../nbs/gist/52_reader.ipynb #13848eac
-def normalized(text:str) -> str:
-    "Lower case, without punctuation and articles, single spaces."
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-def overlap(prediction:str, reference:str) -> float:
-    "F1 of two bags of words."
-    a, b = normalized(prediction).split(), normalized(reference).split()
-    both = sum((Counter(a) & Counter(b)).values())
-    return 2*both/(len(a) + len(b)) if both else 0.
-
-def squad_scores(
-    predictions:list[str],
-    references:list[list[str]], # One or more a question
-) -> dict: # f1, em: percent
-    "The official SQuAD v1.1 scores."
-    best = lambda score: 100*sum(max(score(p, r) for r in rs) for p, rs in zip(predictions, references, strict=True))/len(predictions)
-    return dict(f1=best(overlap), em=best(lambda p, r: float(normalized(p) == normalized(r))))

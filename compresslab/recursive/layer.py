@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ..quant.blocks import BlockFormat
-from .cluster import CELLS, Clustering, ThresholdModulator, first_leaders, percentile_so_far
+from .leaders import CELLS, Clustering, ThresholdModulator, first_leaders, percentile_so_far
 from ..store import replacement, swap
 
 # %% ../../nbs/recursive/61_layer.ipynb #2950e308

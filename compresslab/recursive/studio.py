@@ -20,8 +20,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..data import local_path
-from .cluster import prominence, running_ratio
 from .layer import ClusteredLayer, RecursiveAttention, RecursiveCompression, recursive_modules
+from .leaders import prominence, running_ratio
 from .training import Parachute, cache_metrics
 from ..store import find_tokenizer, load, model_path
 
