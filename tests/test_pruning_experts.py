@@ -11,7 +11,8 @@ from transformers import (GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaFor
 
 from compresslab.ledger import measure
 from compresslab.mixtures import expert_tokens
-from compresslab.pruning.experts import ProgressivePruningScheduler, prune_experts, remove_experts, sites, track_usage
+from compresslab.pruning.experts import prune_experts, remove_experts, sites, track_usage
+from compresslab.pruning.removal import ProgressivePruningScheduler
 from compresslab.quant.experts import quantize_experts
 from compresslab.store import load, save, stored_bytes
 from compresslab.surgery import params

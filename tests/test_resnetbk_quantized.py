@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from compresslab.data import documents, pack
-from compresslab.pruning.experts import ProgressivePruningScheduler, prune_experts
+from compresslab.pruning.experts import prune_experts
+from compresslab.pruning.removal import ProgressivePruningScheduler
 from compresslab.quant.complex import complex_error
 from compresslab.quant.experts import quantize_experts
 from compresslab.quant.ptq import rtn

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'compresslab[app]'")
+from compresslab.recursive.comparison import Pair, Setting, side_by_side
 from compresslab.recursive.layer import RecursiveCompression
-from compresslab.recursive.studio import Pair, Setting, side_by_side, studio, summary
+from compresslab.recursive.studio import studio, summary
 from compresslab.store import load, save
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from ..distillation.losses import fingerprint
 from ..distillation.students import student_of
 from ..lowrank.linear import put_factors, truncate
 from ..mixtures import mixtures
-from ..pruning.experts import ProgressivePruningScheduler
+from ..pruning.removal import ProgressivePruningScheduler
 from ..pruning.structured import prune_channels
 from ..resizing import mlp_width
 from ..quant.qat import QATEmbedding, QATLinear, convert, prepare_qat, wide
