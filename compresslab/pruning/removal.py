@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from ..data import calibration_blocks, documents, local_path, pack
+from ..data import calibration_blocks, documents, pack, project_root
 from ..ledger import held_out
 from .experts import prune_experts, sites
 from ..store import find_tokenizer
@@ -91,7 +91,8 @@ def compare_removal(
     **training, # Of `train_mixture`
 ) -> tuple[pd.DataFrame, nn.Module]: # (seed, method, nll in nats per token, increase over the whole model, params), and the last whole model
     "Train mixtures, remove experts by each method, score on held-out text."
-    tokenizer, rows, valid = tokenizer or find_tokenizer(local_path("pylm") or "pylm"), [], None
+    tokenizer, rows, valid = tokenizer or find_tokenizer(project_root()/"data"/"pylm"), [], None
+    if tokenizer is None: raise ValueError("data/pylm, whose tokenizer is the default, is not here: pass tokenizer=")
     blocks = pack(documents(f"{corpus}:train").shuffle(seed=0), tokenizer, length, max_tokens=int(4*tokens))
     calibration = calibration_blocks(f"{corpus}:train", tokenizer, calibration_samples, length, seed=1)
     for seed in seeds:
