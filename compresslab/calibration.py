@@ -12,7 +12,7 @@ __all__ = ['targets', 'calibration_inputs', 'Hessian', 'aim', 'input_groups', 'l
 import torch
 from torch import nn
 
-from .data import calibration_blocks
+from .blocks import calibration_blocks
 from .store import find_tokenizer
 from .surgery import LINEAR, Stop, find, matrix, model_inputs, selected, tied, walk
 

@@ -240,7 +240,8 @@ def recursive_train(
 ):
     "Compress the cache of a model, train the model to read it, and save it."
     import compresslab as cl
-    from compresslab.data import documents, pack
+    from compresslab.blocks import pack
+    from compresslab.data import documents
     from compresslab.recursive.training import Parachute, finetune, write_metrics
     from compresslab.store import check_replaceable, find_tokenizer, model_path
     residuals = {k: v for k, v in dict(residual_bits=residual_bits, residual_sparsity=residual_sparsity, residual_gate=residual_gate).items() if v is not None}
@@ -269,7 +270,8 @@ def recursive_evaluate(
 ):
     "Perplexity with and without clusters, and the bytes of the cache, as JSON."
     import compresslab as cl
-    from compresslab.data import documents, pack, split_name
+    from compresslab.blocks import pack
+    from compresslab.data import documents, split_name
     from compresslab.recursive.training import recursive_modules, uncompressed, weigh
     from compresslab.store import find_tokenizer, model_path
     path = model_path(folder)

@@ -1,4 +1,4 @@
-"""Text with its splits, and blocks of tokens that lose nothing.
+"""Text with its splits: by name, in files, from the Hub, and a corpus that every machine has.
 
 Docs: https://compresslab.github.io/compresslab/data.html.md"""
 
@@ -7,17 +7,13 @@ Docs: https://compresslab.github.io/compresslab/data.html.md"""
 # %% auto #0
 __all__ = ['END', 'SPLIT_WORDS', 'HUB', 'TABLES', 'TEXTS', 'project_root', 'settings', 'data_root', 'local_path', 'not_found',
            'hash_split', 'python_stdlib', 'parse_text', 'claimed_split', 'cut', 'cut_pool', 'split_name', 'hub_answers',
-           'ask_hub', 'hub_rows', 'documents', 'squad', 'scitldr', 'Blocks', 'start_token', 'windows', 'pack',
-           'first_tokens', 'calibration_blocks', 'write_beside', 'available', 'fetch']
+           'ask_hub', 'hub_rows', 'documents', 'squad', 'scitldr', 'write_beside', 'available', 'fetch']
 
 # %% ../nbs/01_data.ipynb #8f153ceb
 import configparser, gzip, hashlib, json, os, re, sys, sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from datasets import Dataset, load_dataset
-from tqdm.auto import tqdm
 
 # %% ../nbs/01_data.ipynb #d728c973
 def project_root() -> Path:
@@ -270,108 +266,6 @@ def scitldr(
     missing = {"source", "target"} - {*rows.column_names}
     if missing: raise ValueError(f"{path} is not SciTLDR: column {', '.join(sorted(missing))} is missing")
     return rows if named else rows.filter(lambda r: hash_split(r["source"][0]) == split)
-
-# %% ../nbs/01_data.ipynb #c7dbe821
-@dataclass
-class Blocks:
-    "Token blocks; a map-style dataset of dicts, ready for a `DataLoader`."
-    input_ids:torch.Tensor      # (N, T) int64
-    labels:torch.Tensor         # (N, T) int64, as transformers models expect them; -100 is not scored
-    attention_mask:torch.Tensor # (N, T) int64, 0 on padding
-    n_bytes:int                 # UTF-8 bytes of the text that the scored tokens write
-    n_documents:int             # documents, the last perhaps cut short by `max_tokens`
-
-    def __len__(self): return len(self.input_ids)
-    def __getitem__(self, i): return dict(input_ids=self.input_ids[i], labels=self.labels[i], attention_mask=self.attention_mask[i])
-    @property
-    def n_tokens(self): return int((self.labels[:, 1:] != -100).sum())  # the first label of a window is never scored
-
-# %% ../nbs/01_data.ipynb #02ae1e54
-def start_token(tokenizer) -> int|None:
-    "The token that opens a document: BOS, else EOS, else none."
-    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-
-def windows(
-    ids:list[int], # A stream of token ids
-    length:int, # T
-    pad:int, # The id that fills the last window
-) -> tuple[list, list, list]: # ids, labels and mask, each a list of windows of T
-    "Windows that share one token, so that each token after the first is scored exactly once."
-    out = [], [], []
-    for at in range(0, max(len(ids) - 1, 1), length - 1):
-        w = ids[at:at+length]; fill = length - len(w)
-        for o, row in zip(out, (w + [pad]*fill, w + [-100]*fill, [1]*len(w) + [0]*fill)): o.append(row)
-    return out
-
-# %% ../nbs/01_data.ipynb #596946e0
-def pack(
-    docs, # Documents: a `Dataset` with a `text` column, or strings
-    tokenizer, # A transformers tokenizer
-    length:int=256, # T, tokens in a block
-    boundaries:str="flow", # "flow": documents follow one another; "document": each starts a new block
-    max_tokens:int|None=None, # Stop after this many tokens, in the middle of a document if need be
-    progress:bool=False, # Show a bar
-) -> Blocks: # Every token scored once
-    "Tokenize documents and pack them into fixed blocks without losing the tail."
-    if boundaries not in ("flow", "document"): raise ValueError(f"boundaries '{boundaries}' is unknown: use flow or document")
-    if length < 2: raise ValueError(f"a block of {length} tokens predicts nothing: use 2 or more")
-    first, streams, n_bytes, n_docs, left = start_token(tokenizer), [], 0, 0, max_tokens or sys.maxsize
-    for text in tqdm(docs["text"] if isinstance(docs, Dataset) else docs, desc="tokenize", disable=not progress):
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) > left: ids, text = _cut(tokenizer, text, ids, left)
-        if not ids: continue
-        left -= len(ids)
-        n_bytes += len(text.encode()) - (len(tokenizer.decode(ids[:1]).encode()) if first is None else 0)
-        streams.append(ids if first is None else [first, *ids]); n_docs += 1
-        if left <= 0: break
-    if not streams: raise ValueError("no text: every document is empty")
-    if boundaries == "flow": streams = [[t for s in streams for t in s]]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (first or 0)
-    parts = [torch.tensor([w for s in streams for w in windows(s, length, pad)[k]]) for k in range(3)]
-    if boundaries == "flow" and first is not None: parts[1].masked_fill_(parts[1] == first, -100)
-    return Blocks(*parts, n_bytes, n_docs)
-
-# %% ../nbs/01_data.ipynb #ea3dc29e
-def _cut(tokenizer, text, ids, n):
-    "The first `n` tokens of a text, and the piece of text that they write."
-    if not tokenizer.is_fast: return ids[:n], tokenizer.decode(ids[:n])
-    ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    return ids[:n], text[:ends[n-1][1]] if n else ""
-
-# %% ../nbs/01_data.ipynb #d1first02
-def first_tokens(
-    docs:list[str],
-    tokenizer, # Whose tokens are counted
-    n:int,
-) -> list[str]: # Documents; the last one may be cut
-    "The text that the first `n` tokens write."
-    out = []
-    for text in docs:
-        if n <= 0: break
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        out.append(text if len(ids) <= n else _cut(tokenizer, text, ids, n)[1]); n -= len(ids)
-    return out
-
-# %% ../nbs/01_data.ipynb #a62f3c8f
-def calibration_blocks(
-    calibration, # A data name, or a list of token-id tensors (T,) or (B, T), or of dicts of model inputs
-    tokenizer=None, # Needed for a name
-    samples:int=128, # Blocks to draw
-    length:int=256, # Tokens in a block
-    seed:int=0, # Of the draw
-) -> list[dict]: # Model inputs, each a batch of one or more
-    "What a calibrated method reads: model inputs from a data name or from a list."
-    if isinstance(calibration, str):
-        if tokenizer is None: raise ValueError(f"calibration by name ('{calibration}') needs the model's tokenizer: pass tokenizer=")
-        docs = documents(calibration).shuffle(seed=seed)
-        blocks = pack(docs, tokenizer, length, max_tokens=4*samples*length)   # four times what is needed, from documents drawn at random
-        full = blocks.attention_mask.all(1).nonzero().flatten()
-        if len(full) == 0: raise ValueError(f"calibration '{calibration}' is shorter than one block of {length} tokens")
-        pick = full[torch.randperm(len(full), generator=torch.Generator().manual_seed(seed))[:samples]]
-        calibration = list(blocks.input_ids[pick])
-    if calibration is None or len(calibration) == 0 or any(not isinstance(c, dict) and len(c) == 0 for c in calibration): raise ValueError("calibration is empty: pass a data name or a list of token-id tensors")
-    if any(isinstance(c, str) for c in calibration): raise ValueError("calibration is a list of strings: pass token ids, or the name of a file or corpus")
-    return [dict(c) if isinstance(c, dict) else dict(input_ids=torch.as_tensor(c).reshape(-1, torch.as_tensor(c).shape[-1])) for c in calibration]
 
 # %% ../nbs/01_data.ipynb #d1beside02
 def write_beside(

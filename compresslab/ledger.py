@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-from .data import Blocks, documents, pack, split_name, write_beside
+from .blocks import Blocks, pack
+
+from .data import documents, split_name, write_beside
 from .store import find_tokenizer, load, model_path, save, stored_bytes
 from .surgery import params
 from .train import evaluate

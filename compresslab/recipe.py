@@ -22,7 +22,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from .data import Blocks, cut, documents, first_tokens, pack, write_beside
+from .blocks import Blocks, first_tokens, pack
+
+from .data import cut, documents, write_beside
 from .ledger import Ledger, Row, measure
 from .stages import STAGES, check_settings, check_stage, nearest, predicted_bytes, processes, twin_of, unchanged
 from .store import find_tokenizer, load, model_path, save, sha256, stored_bytes, weight_files

@@ -26,7 +26,8 @@ from torch.utils.data import ConcatDataset
 
 from .calibration import targets
 from .coding import PATTERNS, encode
-from .data import Blocks, pack, write_beside
+from .blocks import Blocks, pack
+from .data import write_beside
 from .distillation.cascade import ProgressiveDistillation
 from .distillation.generation import write
 from .distillation.losses import align

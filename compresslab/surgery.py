@@ -141,7 +141,7 @@ def model_inputs(
 @torch.no_grad()
 def walk(
     model, # A transformers model, changed by the caller between steps
-    inputs:list[dict], # Model inputs, as `data.calibration_blocks` returns them
+    inputs:list[dict], # Model inputs, as `blocks.calibration_blocks` returns them
     keep_original:bool=False, # Push the hidden states of the untouched layers along as well; doubles time and memory
     progress:bool=True, # Show a bar
 ): # -> yields a `Visit` per layer

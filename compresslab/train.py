@@ -21,7 +21,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data import Blocks
+from .blocks import Blocks
 
 # %% ../nbs/03_train.ipynb #5cb2a61f
 def cosine(
@@ -128,7 +128,7 @@ def _load_checkpoint(accelerator, folder, settings):
 # %% ../nbs/03_train.ipynb #8930c89f
 def fit(
     model:torch.nn.Module, # Trained in place
-    data, # A map-style dataset of dicts of tensors, such as `data.Blocks`
+    data, # A map-style dataset of dicts of tensors, such as `blocks.Blocks`
     *,
     loss=causal_loss, # loss(model, batch) -> a scalar, or (a scalar, a dict of numbers to log); its attribute `settings`, a dict that JSON can hold, goes into the checkpoint
     tokens:float|None=None, # How long: in tokens (elements of `input_ids`),

@@ -68,7 +68,8 @@ def place(tmp_path_factory):
 
 def stands_for(name, chapter, place, shared):
     """What a name in a block means that the block does not make itself."""
-    from compresslab.data import Blocks, documents
+    from compresslab.blocks import Blocks
+    from compresslab.data import documents
     from compresslab.pai.small_t5 import Pairs
     from compresslab.store import find_tokenizer
     words, ids = find_tokenizer(place/"data"/"pylm"), lambda n: torch.randint(3, 4096, (n, 64), generator=torch.Generator().manual_seed(n))

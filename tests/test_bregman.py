@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import compresslab as cl
-from compresslab.data import calibration_blocks
+from compresslab.blocks import calibration_blocks
 from compresslab.pruning.bregman import bregman, outlier_shares
 from compresslab.pruning.magnitude import sparsity_table
 from compresslab.store import find_tokenizer, stored_bytes

@@ -11,7 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from compresslab.data import Blocks, documents, pack
+from compresslab.blocks import Blocks, pack
+
+from compresslab.data import documents
 from compresslab.distillation.losses import CachedLogits, align, byte_logits, cache_logits, first_bytes
 from compresslab.distillation.trainer import DistillationLoss, DistillationTrainer
 
@@ -73,7 +75,8 @@ def test_the_cache_saves_a_third_of_the_time(pylm, tmp_path):
 KILLED = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from compresslab.data import documents, pack
+from compresslab.blocks import pack
+from compresslab.data import documents
 from compresslab.distillation.losses import cache_logits
 model, folder = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32), sys.argv[2]
 text = pack(documents("python-stdlib"), AutoTokenizer.from_pretrained(sys.argv[1]), 64, max_tokens=63*160)
@@ -149,7 +152,7 @@ def test_an_encoder_decoder_that_people_use(shared):
 SCRIPT = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from compresslab.data import Blocks
+from compresslab.blocks import Blocks
 from compresslab.distillation.trainer import DistillationTrainer
 out, accumulate = sys.argv[1], int(sys.argv[2])
 def model(hidden, seed):

@@ -6,7 +6,8 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 import compresslab as cl
-from compresslab.data import documents, pack
+from compresslab.blocks import pack
+from compresslab.data import documents
 from compresslab.quant.grid import dequantize, fit_grid, quantize
 from compresslab.quant.kv import QuantizedKVCache, cached_logits
 from compresslab.store import find_tokenizer

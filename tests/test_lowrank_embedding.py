@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 import compresslab as cl
-from compresslab.data import documents, pack
+from compresslab.blocks import pack
+from compresslab.data import documents
 from compresslab.lowrank.embedding import factorize_embedding, token_counts
 from compresslab.lowrank.vocabulary import trim_vocabulary
 from compresslab.quant.ptq import gptq

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 
 import compresslab as cl
 from compresslab.calibration import aim, group_hessians
-from compresslab.data import calibration_blocks
+from compresslab.blocks import calibration_blocks
 from compresslab.lowrank.kv import LatentAttention, cache_bytes, joint_factors, latent_kv, output_metric, put_latents
 from compresslab.store import find_tokenizer, load, save
 from compresslab.surgery import walk

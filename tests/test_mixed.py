@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import compresslab as cl
-from compresslab.data import documents, pack
+from compresslab.blocks import pack
+from compresslab.data import documents
 from compresslab.quant.mixed import choose_widths, mixed_precision, packed_widths, sensitivity
 from compresslab.quant.ptq import gptq, rtn
 from compresslab.store import stored_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [["data", "surgery", "train", "coding", "store", "interchange", "ledger", "calibration", "allocation", "mixtures", "resizing", "tasks"],
+FLOORS = [["data", "blocks", "surgery", "train", "coding", "store", "interchange", "ledger", "calibration", "allocation", "mixtures", "resizing", "tasks"],
           ["quant", "pruning", "lowrank", "distillation", "gist", "pai"],
           ["recursive", "resnetbk"],
           ["stages", "recipe", "ablation", "budget", "playbook"],

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import compresslab as cl
-from compresslab.data import calibration_blocks, documents, pack
+from compresslab.blocks import calibration_blocks, pack
+from compresslab.data import documents
 from compresslab.pruning.magnitude import MagnitudePruner, sparsity_table
 from compresslab.store import stored_bytes
 from compresslab.train import distil, evaluate, fit

@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compresslab as cl
-from compresslab.data import documents, pack
+from compresslab.blocks import pack
+from compresslab.data import documents
 from compresslab.pruning.structured import block_influence, drop_layers, keep_layers, prune_channels, prune_heads, prune_hidden
 from compresslab.store import stored_bytes
 from compresslab.train import evaluate

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import compresslab as cl
-from compresslab.data import documents, pack
+from compresslab.blocks import pack
+from compresslab.data import documents
 from compresslab.store import find_tokenizer
 from compresslab.train import evaluate
 

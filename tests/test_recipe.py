@@ -12,7 +12,7 @@ import pytest
 import torch
 from forked import command
 
-from compresslab.data import Blocks
+from compresslab.blocks import Blocks
 from compresslab.recipe import BLOCKS, REFERENCE, Recipe, Rows
 from compresslab.stages import STAGES, stage
 from compresslab.store import load, save, stored_bytes

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compresslab.data import documents, pack
+from compresslab.blocks import pack
+
+from compresslab.data import documents
 from compresslab.recursive.cluster import Arrivals, StreamingClusters, cluster, rows
 from compresslab.recursive.leaders import Clustering, ThresholdModulator, directions, dots, first_leaders, layer_schedule, surprisal
 from compresslab.store import find_tokenizer, load

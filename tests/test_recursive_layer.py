@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from compresslab.data import Blocks, documents, pack
+from compresslab.blocks import Blocks, pack
+
+from compresslab.data import documents
 from compresslab.recursive.layer import RecursiveCompression, recursive_modules
 from compresslab.recursive.training import Parachute, cache_metrics, finetune, weigh
 from compresslab.store import find_tokenizer, load, save

@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
-from compresslab.data import documents, pack
+from compresslab.blocks import pack
+
+from compresslab.data import documents
 from compresslab.pruning.experts import prune_experts
 from compresslab.pruning.removal import ProgressivePruningScheduler
 from compresslab.quant.complex import complex_error

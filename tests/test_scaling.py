@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import compresslab as cl
-from compresslab.data import documents, pack
+from compresslab.blocks import pack
+from compresslab.data import documents
 from compresslab.calibration import calibration_inputs, targets
 from compresslab.quant.ptq import gptq, rtn
 from compresslab.quant.scaling import awq, fold, layer_folds, scale_channels, smoothquant

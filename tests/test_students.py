@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compresslab as cl
-from compresslab.data import documents, pack
+from compresslab.blocks import pack
+from compresslab.data import documents
 from compresslab.distillation.students import student_of, student_params, student_shape
 from compresslab.surgery import params
 from compresslab.train import distil, evaluate, fit

@@ -8,7 +8,7 @@ import torch
 SCRIPT = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from compresslab.data import Blocks
+from compresslab.blocks import Blocks
 from compresslab.train import fit
 out, accumulate = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
@@ -39,7 +39,7 @@ def test_ctrl_c_in_the_middle_of_a_step_is_exact_too(tmp_path):
     import pytest
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from compresslab.data import Blocks
+    from compresslab.blocks import Blocks
     from compresslab.train import causal_loss, fit
     ids = torch.randint(0, 64, (40, 16), generator=torch.Generator().manual_seed(1))
     data = Blocks(ids, ids, torch.ones_like(ids), 1, 1)

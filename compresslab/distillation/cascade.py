@@ -68,7 +68,7 @@ class ProgressiveDistillation:
 
     def train_cascade(self,
         teacher, # A transformers model; untouched
-        data, # A map-style dataset of dicts with `labels`, such as `data.Blocks`
+        data, # A map-style dataset of dicts with `labels`, such as `blocks.Blocks`
         tokens:float, # To train on, all stages together
         folder:str|Path, # For the stages; an interrupted cascade goes on from there
         valid=None, # Held-out data to score each student on

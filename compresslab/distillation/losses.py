@@ -23,7 +23,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..data import Blocks, start_token, write_beside
+from ..blocks import Blocks, start_token
+
+from ..data import write_beside
 from ..surgery import stacks
 from ..train import rows_at_once, scored
 

@@ -24,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..data import documents, squad, start_token, write_beside
+from ..blocks import start_token
+
+from ..data import documents, squad, write_beside
 from .cache import fingerprint
 from .compressors import COMPRESSORS
 from .reader import CONTROLS, CompressionConfig, Questions, Reader, Slower, end_token, from_json, model_positions, qa_loss, run_name, to_json

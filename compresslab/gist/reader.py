@@ -277,7 +277,7 @@ class Reader(nn.Module):
         self,
         model, # A causal transformers model; it gets adapters in place
         config:CompressionConfig,
-        start:int|None=None, # The token that opens a text, as `data.start_token` finds it
+        start:int|None=None, # The token that opens a text, as `blocks.start_token` finds it
     ):
         super().__init__()
         check_model(model)

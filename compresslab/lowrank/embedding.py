@@ -102,7 +102,7 @@ def _observe(model, names, batch): # -> logits (B, T, V); (ids, vectors) of each
 def roles(
     model, # A transformers model, in evaluation mode
     names:list[str], # Modules that share one weight, as `vocabulary_groups` gives them
-    inputs:list[dict], # Model inputs, as `data.calibration_blocks` returns them
+    inputs:list[dict], # Model inputs, as `blocks.calibration_blocks` returns them
     seed:int=0, # Of the tokens drawn from the predictions
     progress:bool=True,
 ) -> Roles:

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from ..data import calibration_blocks, documents, pack, project_root
+from ..blocks import calibration_blocks, pack
+
+from ..data import documents, project_root
 from ..ledger import held_out
 from .experts import prune_experts, sites
 from ..store import find_tokenizer
@@ -54,7 +56,7 @@ class ProgressivePruningScheduler:
 
 # %% ../../nbs/pruning/22b_removal.ipynb #8a898f42
 def train_mixture(
-    blocks, # A `data.Blocks` of training text
+    blocks, # A `blocks.Blocks` of training text
     tokenizer, # Its transformers tokenizer
     seed:int=0, # Of weights and order
     tokens:float=400_000, # To train on

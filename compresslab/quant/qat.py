@@ -223,7 +223,7 @@ def _unpack_for_training(model, original, activations):
 @torch.no_grad()
 def calibrate(
     model, # Prepared with activations="static"
-    data, # Batches or rows with `input_ids`: a list of dicts, `data.Blocks`, ...
+    data, # Batches or rows with `input_ids`: a list of dicts, `blocks.Blocks`, ...
     observer:str="mse", # Or "minmax", "moving", "percentile"
     percentile:float=99.99, # Where the observer is that
     progress:bool=True,

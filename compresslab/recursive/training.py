@@ -126,7 +126,7 @@ class SurprisalParachute(LogitsProcessor):
 @torch.no_grad()
 def weigh(
     model, # With `RecursiveCompression` applied, or without
-    data, # `data.Blocks`
+    data, # `blocks.Blocks`
     progress:bool=True, # Show a bar
 ) -> dict: # ppl, nll, kv_bytes and full_bytes of a text at its end, share, and the metrics of its layers
     "Quality through the cache, and the cache's bytes."
@@ -156,7 +156,7 @@ def cache_metrics(cache) -> dict: # kv_bytes, full_bytes, and the metrics of lay
 # %% ../../nbs/recursive/61b_training.ipynb #9dbafd0f
 def finetune(
     model, # A causal transformers model; changed in place
-    data, # `data.Blocks`
+    data, # `blocks.Blocks`
     setting:RecursiveCompression=RecursiveCompression(),
     contrastive_weight:float=.1, # Of the loss that separates clusters
     freeze_base:bool=False, # Train the thresholds' corrections alone
