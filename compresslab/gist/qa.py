@@ -6,8 +6,8 @@ Docs: https://compresslab.github.io/compresslab/gist/qa.html.md"""
 
 # %% auto #0
 __all__ = ['MENTIONS', 'mentioned', 'mentions', 'write_rows', 'normalized', 'overlap', 'squad_scores', 'save_reader',
-           'load_reader', 'answer', 'questions_of', 'write_json', 'train_reader', 'run_single_ablation', 'grid',
-           'run_or_miss', 'run_elsewhere', 'run_ablations', 'ablation_table', 'plot_ablations']
+           'load_reader', 'answer', 'questions_of', 'train_reader', 'run_single_ablation', 'grid', 'run_or_miss',
+           'run_elsewhere', 'run_ablations', 'ablation_table', 'plot_ablations']
 
 # %% ../../nbs/gist/52b_qa.ipynb #362fa864
 import builtins, json, os, queue, re, string, subprocess, sys, time
@@ -158,10 +158,6 @@ def questions_of(
             Questions(some("valid", config.valid_examples, 0), tokenizer, config, most, progress))
 
 # %% ../../nbs/gist/52b_qa.ipynb #c93950c2
-def write_json(file:Path, content):
-    "Whole or not at all."
-    write_beside(file, json.dumps(content, indent=1, ensure_ascii=False))
-
 def train_reader(reader:Reader, questions:Questions, end:int, folder:Path, progress:bool=True, on_step=None) -> float: # Seconds
     "Pretrain and train a reader as its configuration says, with checkpoints in a folder."
     c, seconds = reader.config, 0.
@@ -177,7 +173,7 @@ def train_reader(reader:Reader, questions:Questions, end:int, folder:Path, progr
         if not c.control: reader.repeat.requires_grad_("reconstruction" in weights)      # several processes want a gradient for whatever learns
         history = fit(reader, questions, loss=qa_loss(weights, end, teacher), epochs=epochs, batch_size=c.batch_size, accumulate=c.accumulate, lr=lr, warmup=c.warmup, clip=c.max_norm,
                       seed=c.seed, precision=c.precision, checkpoint=folder/f"fit-{name}", on_step=Steps(), progress=progress)
-        write_json(folder/f"{name}.json", history); seconds += history[-1]["seconds"]
+        write_beside(folder/f"{name}.json", history); seconds += history[-1]["seconds"]
     if not c.control: reader.repeat.requires_grad_()
     return seconds
 
@@ -197,19 +193,19 @@ def run_single_ablation(
     of, size = fingerprint(model), params(model)
     train, valid = questions_of(config, tokenizer, model_positions(model), progress)
     reader = Reader(model, config, start_token(tokenizer))
-    place.mkdir(parents=True, exist_ok=True); write_json(place/"config.json", json.loads(to_json(config)))
+    write_beside(place/"config.json", json.loads(to_json(config)))
     seconds = train_reader(reader, train, end_token(tokenizer, config), place, progress=progress, on_step=on_step)
     save_reader(reader, place/"checkpoint.safetensors", of)
     clock = time.time(); predictions = answer(reader, valid, tokenizer, progress=progress); clock = time.time() - clock
     scores = squad_scores(predictions, [r["references"] for r in valid.rows])
     read, put = (sum(len(r[n]) for r in valid.rows)/len(valid) for n in ("whole", "context"))
     put = put if config.control else config.target_length
-    write_json(place/"sample_predictions.json", [dict(id=r["id"], question=tokenizer.decode(r["question"]).strip(), prediction=p, references=r["references"]) for r, p in zip(valid.rows[:100], predictions)])
+    write_beside(place/"sample_predictions.json", [dict(id=r["id"], question=tokenizer.decode(r["question"]).strip(), prediction=p, references=r["references"]) for r, p in zip(valid.rows[:100], predictions)])
     metrics = dict(run=run_name(config), architecture=config.architecture, target_length=config.target_length, seed=config.seed, losses=config.weights, final_f1=scores["f1"], final_em=scores["em"],
                    compression_ratio=read/put if put else None, context_tokens=read, read_tokens=put, questions=len(valid), trained_on=len(train),
                    parameters=dict(model=size, **{k: sum(p.numel() for n, p in reader.learned().items() if n.startswith("lm") == (k == "lora")) for k in ("lora", "compressor")}),
                    seconds=seconds, answer_seconds=clock)
-    write_json(place/"metrics.json", metrics)
+    write_beside(place/"metrics.json", metrics)
     for name in ("fit-pretrain", "fit-train"): rmtree(place/name, ignore_errors=True)
     return metrics
 
@@ -259,7 +255,7 @@ def run_ablations(
     def finished(config, result):
         results[run_name(config)] = result; bar.update()
         if "missing" in result: bar.write(f"{run_name(config)} left out: {result['missing']}")
-        write_json(folder/"results_summary.json", [results[m] for m in map(run_name, configs) if m in results])
+        write_beside(folder/"results_summary.json", [results[m] for m in map(run_name, configs) if m in results])
     if n == 1:
         for c in configs: finished(c, run_or_miss(c, folder, progress))
     else:
