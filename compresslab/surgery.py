@@ -65,10 +65,12 @@ def replace(
     new:nn.Module, # What takes its place, everywhere the old module is registered
 ):
     "Put one module in the place of another."
-    old = model.get_submodule(name)
-    for parent in [*model.modules()]:
-        for key, child in [*parent._modules.items()]:
+    old, todo, seen = model.get_submodule(name), [model], set()
+    while todo:                                                 # what `modules()` gives, without making a name for each
+        parent = todo.pop(); seen.add(parent)
+        for key, child in parent._modules.items():
             if child is old: parent._modules[key] = new
+            elif child is not None and child not in seen: todo.append(child)
 
 # %% ../nbs/02_surgery.ipynb #725a4e25
 def params(model:nn.Module) -> int: # Structural parameters, tied ones once
