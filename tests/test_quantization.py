@@ -29,7 +29,7 @@ def test_gptq_is_below_rounding_and_below_its_limit(stories, bits, most):
     """At 8 bits perplexities differ by chance only, so there the distance to the original decides."""
     model, calibration, held_out, ppl = stories
     rtn = cl.rtn(copy.deepcopy(model), bits, progress=False)
-    gptq = cl.gptq(copy.deepcopy(model), str(calibration), bits, progress=False)
+    gptq = cl.gptq(copy.deepcopy(model), str(calibration), bits, samples=32, progress=False)
     ratio = {name: evaluate(m, held_out, progress=False).ppl/ppl for name, m in (("rtn", rtn), ("gptq", gptq))}
     ids = held_out.input_ids[:16]
     assert divergence(model, gptq, ids) < .8*divergence(model, rtn, ids)
