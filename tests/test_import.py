@@ -32,6 +32,12 @@ def test_import_brings_nothing_heavy():
     fresh("import compresslab, sys; assert 'rtn' in dir(compresslab); assert not {'torch', 'transformers', 'datasets', 'matplotlib', 'optuna', 'gradio'} & {*sys.modules}, 'something heavy came along'")
 
 
+def test_a_folder_of_its_name_does_not_hide_it(tmp_path):
+    """Python started beside the clone has a folder `compresslab` in its place of work."""
+    (tmp_path/"compresslab").mkdir()
+    assert fresh("import compresslab; print(compresslab.__version__)", tmp_path).strip() == cl.__version__
+
+
 @pytest.mark.parametrize("code", [
     "import compresslab; from transformers import AutoModelForCausalLM as Auto; Auto.from_pretrained('llama'); Auto.from_pretrained('bk')",
     "from transformers import AutoModelForCausalLM as Auto; import compresslab; Auto.from_pretrained('llama'); Auto.from_pretrained('bk')",
