@@ -19,11 +19,11 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
-from .calibration import token_masks
+from .calibration import merged, token_masks
 from .surgery import matrix, model_inputs, stacks
 
 # %% ../nbs/06_allocation.ipynb #0ffce9a8
-def predictions(model, batch:dict) -> tuple[torch.Tensor, torch.Tensor]: # (n, V) log-probabilities in float32, (n,) tokens that came
+def predictions(model, batch:dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # (n, V) log-probabilities in float32, (n,) tokens that came, (n,) rows of the batch they are in
     "What a model says about every token of a batch that has a predecessor and is not padding."
     batch = model_inputs(model, batch)
     logits, both = model(**{k: v for k, v in batch.items() if k != "labels" or model.config.is_encoder_decoder}, use_cache=False).logits, model.config.is_encoder_decoder
@@ -33,11 +33,12 @@ def predictions(model, batch:dict) -> tuple[torch.Tensor, torch.Tensor]: # (n, V
     mask = token_masks([batch], both)[0]
     if mask is not None and mask.shape == keep.shape: keep = keep & mask.bool()
     if not both: logits, labels, keep = logits[:, :-1], labels[:, 1:], keep[:, 1:] & keep[:, :-1]
-    return logits[keep].float().log_softmax(-1), labels[keep]
+    return logits[keep].float().log_softmax(-1), labels[keep], keep.nonzero()[:, 0]
 
-def _costs(p:torch.Tensor, q:torch.Tensor, labels:torch.Tensor) -> tuple[float, float]: # Of one block
-    "Kullback-Leibler divergence and increase of the nll, both in nats per token."
-    return (p.exp()*(p - q)).sum(-1).mean().item(), (p - q).gather(-1, labels[:, None]).mean().item()
+def _costs(p:torch.Tensor, q:torch.Tensor, labels:torch.Tensor, samples:torch.Tensor) -> torch.Tensor: # samples (n,): which one a token is of, from 0; returns (2, samples) in float64
+    "Kullback-Leibler divergence and increase of the nll, both in nats per token, of each sample."
+    tokens = torch.stack(((p.exp()*(p - q)).sum(-1), (p - q).gather(-1, labels[:, None])[:, 0])).double()
+    return tokens.new_zeros(2, int(samples.max()) + 1).index_add_(1, samples, tokens)/samples.bincount()
 
 # %% ../nbs/06_allocation.ipynb #92bf1d4f
 def _alike(a, b) -> bool:
@@ -81,18 +82,19 @@ def measure_changes(
     error = lambda v: float(np.std(v, ddof=1)/len(v)**.5) if len(v) > 1 else None
     try:
         model.eval()                                         # dropout would look like a cost
-        layers, memories, original = [l for s in stacks(model).values() for l in s], [{} for _ in scored], []
-        for x, memory in zip(scored, memories):
-            with remembering(layers, memory): original.append(predictions(model, x))
-        def costs(x, p, labels, memory, changed):
-            with remembering(layers, memory, changed): return _costs(p, predictions(model, x)[0], labels)
+        layers, original = [l for s in stacks(model).values() for l in s], []
+        for x, samples in merged(scored, room=2**22//model.get_input_embeddings().weight.shape[0]):
+            with remembering(layers, memory := {}): p, labels, found = predictions(model, x)
+            original.append((x, memory, p, labels, samples.to(found.device)[found]))
+        def costs(changed, x, memory, p, labels, samples):
+            with remembering(layers, memory, changed): return _costs(p, predictions(model, x)[0], labels, samples)
         for row, name, new in tqdm(changes, desc="sensitivity", total=total, disable=not progress):
             weight = model.get_submodule(name).weight
             w = matrix(model.get_submodule(name)).detach()
             keep = w.clone()
             try:
                 w.copy_(new)
-                kl, nll = zip(*(costs(x, p, labels, memory, weight) for x, (p, labels), memory in zip(scored, original, memories)))
+                kl, nll = torch.cat([costs(weight, *some) for some in original], 1).tolist()
             finally: w.copy_(keep)
             rows.append(dict(row, kl=float(np.mean(kl)), kl_error=error(kl), nll=float(np.mean(nll)), nll_error=error(nll)))
     finally: model.train(mode)

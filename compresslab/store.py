@@ -6,9 +6,9 @@ Docs: https://compresslab.github.io/compresslab/store.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'REPLACEMENTS', 'replacement', 'CompresslabConfig', 'CompresslabQuantizer', 'join', 'swap',
-           'manifest_modules', 'sha256', 'weight_files', 'stored_bytes', 'check_replaceable', 'beside', 'own_tensors',
-           'lower_buffers', 'cast_buffers', 'bytes_beside', 'find_tokenizer', 'write_folder', 'save', 'read_manifest',
-           'model_path', 'load']
+           'manifest_modules', 'sha256', 'weight_files', 'stored_bytes', 'check_replaceable', 'beside', 'guard_of',
+           'own_tensors', 'lower_buffers', 'cast_buffers', 'bytes_beside', 'find_tokenizer', 'write_folder', 'save',
+           'read_manifest', 'model_path', 'load']
 
 # %% ../nbs/04_store.ipynb #1110a81d
 import hashlib, json, shutil, tempfile
@@ -70,10 +70,12 @@ class CompresslabQuantizer(HfQuantizer):
                                        if not {a.rpartition(".")[0], b.rpartition(".")[0]} & self.modules.keys()}
         self.encoded, self.dtype = self.saved.get("encoded", {}), model.dtype
         for name, size in self.encoded.items(): _make_room(model, name, size)
+        if guard := self.saved.get("guard"): _reshape(model, guard, lambda t: t.unsqueeze(0))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name in sorted(self.encoded, key=lambda n: n.endswith(".packed")):   # a weight's codes are relative to its zero points
             _decode(model, name, None if str(self.dtype).removeprefix("torch.") == self.saved["dtype"] else self.dtype)
+        if guard := self.saved.get("guard"): _reshape(model, guard, lambda t: t.squeeze(0))
         join(model, self.modules)
         cast_buffers(model, self.saved)
         for m in model.modules():
@@ -110,10 +112,19 @@ def _decode(model, name, dtype):
     try: new = (module.from_symbols(decode_symbols(data)) if _holds_codes(module, key) else decode(data)).to(device)
     except ValueError as e: raise ValueError(f"{name}: {e}") from None
     if slots is module._buffers: slots[key] = new; return
-    new = nn.Parameter(new.to(dtype) if dtype and new.is_floating_point() else new, requires_grad=new.is_floating_point())
+    _put(model, blob, nn.Parameter(new.to(dtype) if dtype and new.is_floating_point() else new, requires_grad=new.is_floating_point()))
+
+def _put(model, old:nn.Parameter, new:nn.Parameter):
+    "One parameter in the place of another, wherever that is registered."
     for m in model.modules():
         for k, p in m._parameters.items():
-            if p is blob: m._parameters[k] = new
+            if p is old: m._parameters[k] = new
+
+def _reshape(model, name, change):
+    "A parameter in another shape."
+    _, slots, key = _slot(model, name)
+    if slots.get(key) is None: raise ValueError(f"compresslab.json names the tensor '{name}', which {type(model).__name__} does not have")
+    _put(model, slots[key], nn.Parameter(change(slots[key].data), slots[key].requires_grad))
 
 def _holds_codes(module, key): return key == "packed" and hasattr(module, "from_symbols")
 
@@ -195,6 +206,11 @@ def beside(
     except OSError as e: raise OSError(e.errno, f"writing {folder} failed ({e.strerror or e}); " + ("what was there is untouched" if folder.exists() else "nothing was left behind")) from e
 
 # %% ../nbs/04_store.ipynb #7cc94736
+def guard_of(model, modules, tensors) -> str|None: # A name in `tensors`
+    "The first vector of numbers that no replaced module holds."
+    inside = tuple(f"{n}." for n in modules)
+    return next((n for n, p in model.named_parameters() if p.ndim == 1 and n in tensors and tensors[n].shape == p.shape and not n.startswith(inside)), None) if modules else None
+
 def own_tensors(model, modules, ties):
     "The state dict, each tensor once where the loader knows that it is shared; `ties` are those that the configuration declares."
     declared = {*ties, *ties.values()}
@@ -243,7 +259,7 @@ def bytes_beside(
     rest = {n: t for n, t in own_tensors(model, manifest_modules(model), model.all_tied_weights_keys).items() if n not in inside}
     total = sum(t.nbytes for t in rest.values())
     entry = lambda dtype, shape: dict(dtype=dtype, shape=[*shape], data_offsets=[total + largest]*2)
-    header = {n: entry("F8_E4M3", t.shape) for n, t in rest.items()} | {f"{n}.weight.{p}": entry("BF16", matrix(model.get_submodule(n)).shape) for n in modules for p in parts}
+    header = {n: entry("F8_E4M3", (1, *t.shape)) for n, t in rest.items()} | {f"{n}.weight.{p}": entry("BF16", matrix(model.get_submodule(n)).shape) for n in modules for p in parts}
     files = 1 + int((total + largest)//5e9)                   # `save` begins a new one every 5 GB
     return total + len(json.dumps(header, separators=(",", ":"))) + files*len('12345678{"__metadata__":{"format":"pt"}},       ')
 
@@ -262,6 +278,7 @@ def write_folder(new, model, tensors, config, tokenizer, max_shard_size, **about
     if getattr(model, "generation_config", None) is not None: model.generation_config.save_pretrained(new)
     tokenizer = tokenizer or (find_tokenizer(model.config.name_or_path, local=True) if model.config.name_or_path else None)
     if tokenizer is not None: tokenizer.save_pretrained(new)
+    for f in weight_files(new): f.chmod((new/"config.json").stat().st_mode)                   # safetensors lets nobody else read them
     files = {f.name: dict(bytes=f.stat().st_size, sha256=sha256(f)) for f in weight_files(new)}
     about = dict(format=FORMAT, dtype=config["dtype"], **about, files=files)
     (new/"compresslab.json").write_text(json.dumps(dict(about, written=sorted([p.name for p in new.iterdir()] + ["compresslab.json"])), indent=1))
@@ -278,11 +295,13 @@ def save(
     modules = manifest_modules(model)
     tensors = own_tensors(model, modules, model.all_tied_weights_keys)
     encoded = _encode(model, tensors, entropy)
+    guard = guard_of(model, modules, tensors)
+    if guard: tensors[guard] = tensors[guard].unsqueeze(0)
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     config["dtype"] = str(model.dtype).removeprefix("torch.")   # of what is not packed; transformers would otherwise guess it from a packed tensor
     if modules or encoded: config["quantization_config"] = CompresslabConfig().to_dict()
     with beside(folder) as new:
-        write_folder(new, model, tensors, config, tokenizer, max_shard_size, modules=modules, encoded=encoded, buffers=lower_buffers(model))
+        write_folder(new, model, tensors, config, tokenizer, max_shard_size, modules=modules, encoded=encoded, guard=guard, buffers=lower_buffers(model))
     return folder
 
 # %% ../nbs/04_store.ipynb #c15e290c

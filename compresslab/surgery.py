@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
@@ -92,11 +93,28 @@ class Visit:
     original:"Visit|None"=None # The untouched layer on what untouched layers feed it, where the walk keeps that too
     outputs:dict=field(default_factory=dict) # Sample -> its output, where somebody has already computed what will not change; the walk takes it
 
-    def run(self, sample:int) -> torch.Tensor: # (B, T, D)
-        "The layer's output for one sample, computed now."
-        args, kwargs = self.calls[sample]
-        out = self.layer(self.hidden[sample], *args, **kwargs)
+    def run(self, *samples:int) -> torch.Tensor: # (B, T, D), one sample after another
+        "The layer's output, computed now, for one sample or for a group that `together` names."
+        call, hidden = self.calls[samples[0]], self.hidden[samples[0]]
+        if len(samples) > 1:
+            call = tree_map(lambda x: x.expand(len(samples), *x.shape[1:]) if isinstance(x, torch.Tensor) and x.ndim > 1 else x, call)
+            hidden = torch.cat([self.hidden[s] for s in samples])
+        out = self.layer(hidden, *call[0], **call[1])
         return out[0] if isinstance(out, tuple) else out
+
+    def together(self,
+        samples=None, # Which; by default all
+        room:int=2**20, # Numbers of hidden states in a group; a larger sample is a group of its own
+    ) -> list[list[int]]:
+        "Samples of one row and one length that the layer is called for in the same way, in groups that one run can take; any other is alone."
+        groups, begun = [], {}
+        for s in range(len(self.hidden)) if samples is None else samples:
+            h, call = self.hidden[s], tree_leaves(self.calls[s])
+            kind = (h.shape, *self.calls[s][1], *map(id, call))              # tensors that are equal are one object
+            rows = any(len(x) != 1 for x in (h, *call) if isinstance(x, torch.Tensor) and x.ndim > 1)
+            if rows or kind not in begun or (len(begun[kind]) + 1)*h.numel() > room: begun[kind] = []; groups.append(begun[kind])
+            begun[kind].append(s)
+        return groups
 
 # %% ../nbs/02_surgery.ipynb #e87b8df2
 def _intern(x, seen):
@@ -135,7 +153,7 @@ def model_inputs(
     batch:dict, # `input_ids` and whatever else the model takes
 ) -> dict: # On the model's device; an encoder-decoder without decoder inputs is given its own input to reconstruct
     "A batch as this model's keyword arguments."
-    device = next(iter(model.state_dict().values())).device
+    device = next(t.device for tensors in (model.parameters, model.buffers, lambda: model.state_dict().values()) for t in tensors())
     batch = {k: v.to(device) for k, v in batch.items()}
     if model.config.is_encoder_decoder and not {"decoder_input_ids", "labels"} & batch.keys(): batch["labels"] = batch["input_ids"]
     return batch
@@ -159,8 +177,9 @@ def walk(
             visit = Visit(f"{name}.{i}", layer, hidden, calls[i])
             if keep_original: visit.original = Visit(visit.name, copy.deepcopy(layer), clean, calls[i])
             yield visit
-            for s in range(len(hidden)):                              # one sample at a time, in place
-                hidden[s] = visit.run(s)
-                if keep_original: clean[s] = visit.original.outputs.pop(s) if s in visit.original.outputs else visit.original.run(s)
+            for now in (visit, visit.original) if keep_original else (visit,):
+                for group in now.together():                          # in place
+                    new = torch.cat([now.outputs.pop(s) for s in group]) if now.outputs.keys() >= {*group} else now.run(*group)
+                    for s, h in zip(group, new.split(len(now.hidden[group[0]]))): now.hidden[s] = h
             calls[i] = None; bar.update()
     bar.close()

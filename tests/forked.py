@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["nbdev.test", "datasets", "matplotlib.pyplot", "pandas", "torch", "transformers.models.auto.modeling_auto", "transformers.trainer_utils"])
+PROCESSES.set_forkserver_preload(["nbdev.test", "accelerate", "datasets", "matplotlib.pyplot", "numba", "pandas", "torch", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "transformers.trainer_utils"])
 
 
 def _child(work, out, err, cwd, env):
@@ -16,13 +16,30 @@ def _child(work, out, err, cwd, env):
     work[0](*work[1:])
 
 
+class Forked:
+    """work(*args) in a process of its own, with what tests ask of a subprocess.Popen."""
+    def __init__(self, work, *args, cwd=".", env=None):
+        self.args, self.folder = [work.__name__, *args], tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name)/name for name in ("out", "err")]
+        for file in self.files: file.touch()
+        self.process = PROCESSES.Process(target=_child, args=((work, *args), *map(str, self.files), str(cwd), dict(os.environ if env is None else env)))
+        self.process.start()
+
+    def poll(self): return self.process.exitcode
+    def send_signal(self, number): os.kill(self.process.pid, number)
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.exitcode is None: raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.process.exitcode
+    returncode = property(poll)
+    def communicate(self, timeout=None): self.wait(timeout); return tuple(file.read_text() for file in self.files)
+
+
 def forked(work, *args, cwd=".", env=None):
-    """work(*args) in a process of its own: what subprocess.run tells of a command."""
-    with tempfile.TemporaryDirectory() as d:
-        out, err = Path(d)/"out", Path(d)/"err"; out.touch(); err.touch()
-        process = PROCESSES.Process(target=_child, args=((work, *args), str(out), str(err), str(cwd), dict(os.environ if env is None else env)))
-        process.start(); process.join()
-        return subprocess.CompletedProcess([work.__name__, *args], process.exitcode, out.read_text(), err.read_text())
+    """The same to its end: what subprocess.run tells of a command."""
+    process = Forked(work, *args, cwd=cwd, env=env)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def _main(*args):
@@ -33,6 +50,23 @@ def _main(*args):
     main()
 
 
+def _exec(code, *args):
+    sys.argv = ["-c", *args]
+    exec(compile(code, "<code>", "exec"), dict(__name__="__main__"))
+
+
 def command(*args, cwd=".", env=None):
     """The command line `compresslab ARGS`."""
     return forked(_main, *map(str, args), cwd=cwd, env=env)
+
+
+def begin(*args, cwd=".", env=None):
+    """The same, begun."""
+    return Forked(_main, *map(str, args), cwd=cwd, env=env)
+
+
+def python(code, *args, cwd=".", env=None):
+    """Code that a process of its own runs, and that must not fail: what it prints."""
+    run = forked(_exec, code, *map(str, args), cwd=cwd, env=env)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout

@@ -2,22 +2,19 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from forked import begin, command
 
 from compresslab.cli import main
 from compresslab.store import stored_bytes
 
 ENV = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", COLUMNS="160")
-COMMAND = [str(Path(sys.executable).with_name("compresslab"))]
 
 
-def run(*args, cwd=None, **env):
-    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, env=dict(ENV, **env), cwd=cwd)
+def run(*args, **env): return command(*args, env=dict(ENV, **env))
 
 
 def test_compress_and_measure(tiny, tmp_path):
@@ -34,7 +31,7 @@ def test_compress_and_measure(tiny, tmp_path):
 
 def test_ctrl_c_then_the_same_command_ends_with_the_same_file(tiny, tmp_path):
     args = ["compress", tiny, "--bits", 3, "--samples", 120, "--max-tokens", 1000, "--out", tmp_path/"m"]
-    process = subprocess.Popen([*COMMAND, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    process = begin(*args, env=ENV)
     resume, limit = tmp_path/"m.resume", time.time() + 120
     while time.time() < limit and process.poll() is None and not [*resume.glob("*.safetensors")]: time.sleep(.01)
     process.send_signal(signal.SIGINT)

@@ -1,12 +1,11 @@
 """Exports that plain transformers reads in a process without compresslab."""
 import copy
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
+from forked import python
 from safetensors.torch import load_file
 
 import compresslab as cl
@@ -35,8 +34,7 @@ def read(tmp_path):
     """A function: the logits of folders, by plain transformers in a fresh process."""
     def get(ids, *folders, auto="AutoModelForCausalLM"):
         torch.save(ids, tmp_path/"ids.pt")
-        run = subprocess.run([sys.executable, "-c", READER, auto, tmp_path/"ids.pt", tmp_path/"logits.pt", *folders], capture_output=True, text=True)
-        assert not run.returncode, run.stderr
+        python(READER, auto, tmp_path/"ids.pt", tmp_path/"logits.pt", *folders)
         return torch.load(tmp_path/"logits.pt")
     return get
 
@@ -237,8 +235,8 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMI
 try: export(model, folder={str(folder)!r}, progress=False)
 except OSError as e: print("ONE LINE:", e)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ONE LINE:" in run.stdout and "what was there is untouched" in run.stdout, run.stdout + run.stderr
+    said = python(code)
+    assert "ONE LINE:" in said and "what was there is untouched" in said, said
     assert '"num_bits": 8' in (folder/"config.json").read_text() and sorted(p.name for p in tmp_path.iterdir()) == ["m", "mine"]
     weights = folder/"model.safetensors"; data = bytearray(weights.read_bytes()); data[-1] ^= 255; weights.write_bytes(data)
     with pytest.raises(ValueError, match="was changed after it was written"): cl.load(folder)
@@ -250,12 +248,11 @@ def test_sharded_and_generating(tiny, tmp_path):
     folder = export(model, folder=tmp_path/"m", max_shard_size="20KB", progress=False)
     assert len([*folder.glob("model-*.safetensors")]) > 1
     code = f"""
-import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained({str(folder)!r}), AutoTokenizer.from_pretrained({str(folder)!r})
 print("TEXT", model.generate(**tokenizer("def f(x):", return_tensors="pt"), max_new_tokens=12, do_sample=False)[0].tolist())
 assert "compresslab" not in sys.modules
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = python(code)
     mine = model.generate(**find_tokenizer(str(folder))("def f(x):", return_tensors="pt"), max_new_tokens=12, do_sample=False)[0].tolist()
-    assert f"TEXT {mine}" in run.stdout, run.stdout + run.stderr
+    assert f"TEXT {mine}" in said, said

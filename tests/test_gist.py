@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from forked import python
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import compresslab as cl
@@ -74,7 +75,7 @@ def test_a_fresh_process_answers_from_the_file(stories, tmp_path):
             "from compresslab.gist.cache import load_cache, cached_logits\n"
             "ids = torch.tensor([[5, 6, 7]])\n"
             "with torch.no_grad(): torch.save(cached_logits(cl.load(sys.argv[1] + '/model'), load_cache(sys.argv[1] + '/prompt'), dict(input_ids=ids)), sys.argv[1] + '/logits.pt')")
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
+    python(code, tmp_path)
     with torch.no_grad(): here = cached_logits(cl.load(tmp_path/"model"), cache, dict(input_ids=torch.tensor([[5, 6, 7]])))
     assert torch.equal(torch.load(tmp_path/"logits.pt"), here)
     with open(tmp_path/"prompt"/"gist.safetensors", "r+b") as f: f.truncate(100)

@@ -2,11 +2,10 @@
 import copy
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import python
 from transformers import AutoTokenizer
 
 import compresslab as cl
@@ -62,7 +61,7 @@ def test_trimmed_factored_and_quantized_loads_in_a_fresh_process(tiny, tmp_path)
     factorize_embedding(model, [ids], share=.5, steps=5, progress=False)
     gptq(model, [ids], bits=4, group_size=8, embeddings=True, progress=False)
     folder = save(model, tmp_path/"m", tokenizer)
-    subprocess.run([sys.executable, "-c", FRESH, str(folder)], check=True, capture_output=True)
+    python(FRESH, folder)
     found, logits = torch.load(folder/"out.pt")
     assert torch.equal(found, ids)
     with torch.no_grad(): assert torch.equal(logits, model(ids).logits)

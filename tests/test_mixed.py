@@ -17,7 +17,7 @@ from compresslab.train import evaluate
 def stories(stories260k):
     """The model, calibration blocks and held-out blocks, of different stories."""
     model, tokenizer, texts = stories260k
-    calibration, valid = (pack(documents(str(texts), split), tokenizer, 256, max_tokens=n) for split, n in (("train", 32*256), ("valid", 40_000)))
+    calibration, valid = (pack(documents(str(texts), split), tokenizer, 128, max_tokens=n) for split, n in (("train", 48*128), ("valid", 30_000)))
     return model, [row[None] for row in calibration.input_ids[calibration.attention_mask.all(1)]], valid
 
 

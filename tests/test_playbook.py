@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -29,7 +30,7 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def command(*args, launcher=()): return subprocess.run([*(launcher or [str(Path(sys.executable).with_name("compresslab"))]), "playbook", *map(str, args)], env=dict(ENV, ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=500)
+def command(*args): return forked.command("playbook", *args, env=ENV)
 
 
 def test_the_command_with_all_its_options(tiny, corpus, tmp_path):
@@ -62,7 +63,7 @@ def test_tasks_are_scored_for_both_models(tiny, corpus, tmp_path, shared, monkey
 
 def test_two_processes(tiny, corpus, tmp_path):
     launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "compresslab.cli"]
-    done = command(tiny, "--ratio", 9, "--data", corpus, "--out", tmp_path/"run", "--seq-len", 48, "--max-chunks", 40, "--batch-size", 2, "--tokens", 2000, launcher=launcher)
+    done = subprocess.run([*launcher, "playbook", tiny, "--ratio", "9", "--data", corpus, "--out", tmp_path/"run", "--seq-len", "48", "--max-chunks", "40", "--batch-size", "2", "--tokens", "2000"], env=dict(ENV, ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("saved to") == 1
     summary = json.loads((tmp_path/"run"/"summary.json").read_text())
@@ -86,7 +87,7 @@ def test_presets_are_recipes(ratio):
 
 def test_killed_at_three_random_moments_and_resumed_ends_with_the_same_file(tiny, corpus, tmp_path):
     """On the route with a price on bits; the moments differ from one run of this test to the next."""
-    def start(out): return subprocess.Popen([str(Path(sys.executable).with_name("compresslab")), "playbook", str(tiny), "--ratio", "9", "--data", str(corpus), "--out", str(out), "--seq-len", "48", "--max-chunks", "60", "--batch-size", "2", "--tokens", "6000", "--device", "cpu"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(out): return forked.begin("playbook", tiny, "--ratio", 9, "--data", corpus, "--out", out, "--seq-len", 48, "--max-chunks", 60, "--batch-size", 2, "--tokens", 6000, "--device", "cpu", env=ENV)
     def begun(process, out):
         while process.poll() is None and not (out/"stages").exists(): time.sleep(.005)
         return time.time()

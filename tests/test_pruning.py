@@ -15,8 +15,8 @@ from compresslab.train import distil, evaluate, fit
 @pytest.fixture(scope="module")
 def stories(stories260k):
     model, tokenizer, texts = stories260k
-    held_out = pack(documents(str(texts), "valid"), tokenizer, 512, "document")
-    blocks = calibration_blocks(str(texts/"train.txt"), tokenizer, 64, 256)
+    held_out = pack(documents(str(texts), "valid"), tokenizer, 128, "document")
+    blocks = calibration_blocks(str(texts/"train.txt"), tokenizer, 64, 128)
     return model, blocks, held_out, evaluate(model, held_out, progress=False).ppl
 
 

@@ -14,7 +14,7 @@ from compresslab.train import evaluate
 @pytest.fixture(scope="module")
 def stories(stories260k):
     model, tokenizer, texts = stories260k
-    held_out = pack(documents(str(texts), "valid"), tokenizer, 512, "document")
+    held_out = pack(documents(str(texts), "valid"), tokenizer, 128, "document")
     return model, texts/"train.txt", held_out, evaluate(model, held_out, progress=False).ppl
 
 
@@ -29,9 +29,9 @@ def test_gptq_is_below_rounding_and_below_its_limit(stories, bits, most):
     """At 8 bits perplexities differ by chance only, so there the distance to the original decides."""
     model, calibration, held_out, ppl = stories
     rtn = cl.rtn(copy.deepcopy(model), bits, progress=False)
-    gptq = cl.gptq(copy.deepcopy(model), str(calibration), bits, samples=32, progress=False)
+    gptq = cl.gptq(copy.deepcopy(model), str(calibration), bits, samples=64, length=128, progress=False)
     ratio = {name: evaluate(m, held_out, progress=False).ppl/ppl for name, m in (("rtn", rtn), ("gptq", gptq))}
-    ids = held_out.input_ids[:16]
+    ids = held_out.input_ids[:64]
     assert divergence(model, gptq, ids) < .8*divergence(model, rtn, ids)
     assert ratio["gptq"] <= most and (bits == 8 or ratio["gptq"] < ratio["rtn"]), ratio
 
@@ -40,7 +40,7 @@ def test_gptq_is_below_rounding_and_below_its_limit(stories, bits, most):
 def test_learned_rounding_is_below_its_limit(stories, bits, most):
     """Decoder weights in groups of 32, no training on next tokens; text that nothing was calibrated on."""
     model, calibration, held_out, ppl = stories
-    made = cl.learn_rounding(copy.deepcopy(model), str(calibration), bits, samples=64, length=256, steps=100, progress=False)
+    made = cl.learn_rounding(copy.deepcopy(model), str(calibration), bits, samples=64, length=128, steps=100, progress=False)
     assert evaluate(made, held_out, progress=False).ppl/ppl <= most
 
 

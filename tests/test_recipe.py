@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import command
+from forked import begin, command
 
 from compresslab.blocks import Blocks
 from compresslab.recipe import BLOCKS, REFERENCE, Recipe, Rows
@@ -47,7 +47,7 @@ stages:
 
 
 def start(recipe, model, out):
-    return subprocess.Popen([str(Path(sys.executable).with_name("compresslab")), "run", str(recipe), "--model", str(model), "--out", str(out), "--device", "cpu"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return begin("run", recipe, "--model", model, "--out", out, "--device", "cpu", env=ENV)
 
 
 def test_killed_at_three_moments_and_resumed_ends_with_the_same_file(pylm, corpus, tmp_path):

@@ -3,8 +3,6 @@ import copy
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import forked
@@ -188,8 +186,7 @@ def test_a_fresh_process_reads_it(pylm, tmp_path):
     ids = torch.arange(5, 125)[None]
     with torch.no_grad(): torch.save(model(ids).logits, tmp_path/"logits.pt")
     code = f"import torch, compresslab; from transformers import AutoModelForCausalLM as A; m = A.from_pretrained(r'{tmp_path/'m'}'); x = torch.arange(5, 125)[None]; assert torch.equal(m(x).logits, torch.load(r'{tmp_path/'logits.pt'}')); assert m.generate(x, max_new_tokens=3, do_sample=False).shape[1] > 120"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
-    assert done.returncode == 0, done.stderr
+    forked.python(code, env=ENV)
 
 
 def test_command_line(tiny, tmp_path):

@@ -1,10 +1,9 @@
 """Quantized and pruned parts of ResNet-BK: architectures, fresh processes, 16-bit models, real text."""
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import python
 
 from compresslab.blocks import pack
 
@@ -71,8 +70,7 @@ def test_loads_in_a_fresh_process_and_in_bfloat16(tmp_path):
     save(model, tmp_path/"out")
     code = ("import sys, torch, compresslab, compresslab.resnetbk.quantized; from transformers import AutoModelForCausalLM; m = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval();"
             "torch.set_grad_enabled(False); print(m(torch.arange(2, 30)[None]).logits.double().sum().item())")
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path/"out")], capture_output=True, text=True, check=True).stdout
-    assert float(out.split()[-1]) == want
+    assert float(python(code, tmp_path/"out").split()[-1]) == want
     half = load(tmp_path/"out", dtype=torch.bfloat16)
     assert half(ids).logits.dtype == torch.bfloat16 and half(ids).logits.isfinite().all()
     assert quantize_core(tiny().bfloat16(), tokens())(ids).logits.isfinite().all()

@@ -18,8 +18,8 @@ from compresslab.train import evaluate
 @pytest.fixture(scope="module")
 def stories(stories260k):
     model, tokenizer, texts = stories260k
-    held_out = pack(documents(str(texts), "valid"), tokenizer, 512, "document")
-    calibration = calibration_inputs(model, str(texts/"train.txt"), 64, 512, 0, None, targets(model))
+    held_out = pack(documents(str(texts), "valid"), tokenizer, 128, "document")
+    calibration = calibration_inputs(model, str(texts/"train.txt"), 64, 128, 0, None, targets(model))
     return model, calibration, held_out
 
 

@@ -1,10 +1,9 @@
 """Files: fresh processes, generation, sizes, and a disk that refuses."""
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import python
 
 import compresslab as cl
 from compresslab.quant.grid import grid_bytes
@@ -28,7 +27,7 @@ def test_logits_in_a_fresh_process_are_equal_bit_for_bit(pylm, tmp_path, how, bi
     with torch.no_grad(): here = model(ids).logits
     cl.save(model, tmp_path/"m")
     torch.save(ids, tmp_path/"ids.pt")
-    subprocess.run([sys.executable, "-c", FRESH, tmp_path/"m", tmp_path/"ids.pt", tmp_path/"logits.pt", how], check=True, capture_output=True)
+    python(FRESH, tmp_path/"m", tmp_path/"ids.pt", tmp_path/"logits.pt", how)
     assert torch.equal(here, torch.load(tmp_path/"logits.pt"))
 
 
@@ -68,10 +67,19 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMI
 try: cl.save(model, {str(tmp_path/'m')!r})
 except OSError as e: print("ONE LINE:", e)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ONE LINE:" in run.stdout and "what was there is untouched" in run.stdout, run.stdout + run.stderr
+    said = python(code)
+    assert "ONE LINE:" in said and "what was there is untouched" in said, said
     assert {p.name: p.read_bytes() for p in (tmp_path/"m").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]    # and nothing half-written beside it
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_without_compresslab_nothing_is_made_up(tiny, tmp_path, entropy):
+    """Transformers alone would begin the weights that it does not find at random: it is made to refuse. Others may read the file."""
+    folder = cl.save(cl.rtn(cl.load(tiny), 4, embeddings=True, progress=False), tmp_path/"m", entropy=entropy)
+    code = f"from transformers import AutoModelForCausalLM as A\ntry: A.from_pretrained({str(folder)!r}); print('LOADED')\nexcept RuntimeError as e: print('REFUSED')"
+    assert python(code).strip() == "REFUSED"
+    assert (folder/"model.safetensors").stat().st_mode == (folder/"config.json").stat().st_mode
 
 
 def test_tampered_weights_are_refused_by_plain_transformers_too(tiny, tmp_path):

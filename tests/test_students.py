@@ -1,9 +1,8 @@
 """Students made of real teachers: what their inheritance is worth on held-out text, before and after training, and whether anyone can load them."""
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import python
 from transformers import AutoModelForCausalLM
 
 import compresslab as cl
@@ -67,5 +66,4 @@ model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).eval()
 ids = torch.arange(5, 25)[None]
 with torch.no_grad(): assert torch.equal(model(ids).logits, torch.load({str(tmp_path/"logits.pt")!r}))
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    python(code)

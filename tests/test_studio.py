@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from forked import command
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'compresslab[app]'")
 from compresslab.recursive.comparison import Pair, Setting, side_by_side
@@ -125,7 +126,7 @@ def test_command_serves_on_this_machine_alone(tiny):
 
 
 def test_command_says_in_one_line_what_is_wrong():
-    done = subprocess.run([*COMMAND, "no/such/model"], capture_output=True, text=True, env=ENV)
+    done = command("studio", "no/such/model", env=ENV)
     assert done.returncode == 1 and "Tried: the path" in done.stderr and "Traceback" not in done.stderr
     code = "import sys; sys.modules['gradio'] = None; sys.argv = ['compresslab', 'studio']; from compresslab.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)

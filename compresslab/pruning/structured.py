@@ -227,7 +227,7 @@ def _refit_readers(now, was, change, kept, inputs, damp, progress):
         for group in input_groups(a, readers):
             h, c, n = 0, 0, 0
             for s, mask in enumerate(masks):
-                (x,), (m,) = layer_inputs(a.run, [readers[group[0]]], s), layer_inputs(b.run, [b.layer.get_submodule(group[0])], s)
+                (x,), (m,) = layer_inputs(a.run, [readers[group[0]]], [s]), layer_inputs(b.run, [b.layer.get_submodule(group[0])], [s])
                 rows = slice(None) if mask is None or mask.shape != x.shape[:-1] else mask.bool().to(x.device).flatten()
                 x, m = (v.reshape(-1, v.shape[-1])[rows].float() for v in (x, m))
                 h, c, n = h + (x.T @ x).double(), c + (m.T @ x).double(), n + len(x)
@@ -243,7 +243,7 @@ def _rescale_last_norm(now, was, norm, kept, inputs):
     products = squares = 0
     masks = token_masks(inputs, now.config.is_encoder_decoder)
     for sample, mask in zip(inputs, masks):
-        x, m = (layer_inputs(lambda _: model(**model_inputs(model, sample), use_cache=False), [model.get_output_embeddings()], 0)[0].double() for model in (now, was))
+        x, m = (layer_inputs(lambda _: model(**model_inputs(model, sample), use_cache=False), [model.get_output_embeddings()], [0])[0].double() for model in (now, was))
         if mask is not None and mask.shape == x.shape[:-1]: x, m = x[mask.bool()], m[mask.bool()]
         x, m = x.reshape(-1, x.shape[-1]), m.reshape(-1, m.shape[-1])[:, kept]
         products, squares = products + (m*x).sum(0), squares + x.square().sum(0)
@@ -304,7 +304,7 @@ def nll_without(
     inputs:list[dict], # As `calibration_inputs` returns them
 ) -> float: # Nats per token
     "The mean negative log-likelihood of all tokens with a predecessor."
-    with skipping(layers): scores = [-p.gather(-1, labels[:, None]) for p, labels in (predictions(model, model_inputs(model, x)) for x in inputs)]
+    with skipping(layers): scores = [-p.gather(-1, labels[:, None]) for p, labels, _ in (predictions(model, model_inputs(model, x)) for x in inputs)]
     return torch.cat(scores).mean().item()
 
 # %% ../../nbs/pruning/21_structured.ipynb #304b5d2d
