@@ -188,7 +188,7 @@ def floor_line(twin, budget:int, tokens:float, entropy:bool=False) -> str:
     total, parts = predicted_bytes(out, torch.bfloat16), shares(out, torch.bfloat16).sum(axis=1).sort_values(ascending=False)
     rows = f"vocabulary of {vocabulary_ends(twin)[0].weight.shape[0]:,} tokens"
     said = ", ".join(f"{rows if p == 'vocabulary' else p} {n:,}" for p, n in parts.items() if n)
-    coder, larger = "" if entropy else "try entropy=True, ", "trim the vocabulary first (trim_vocabulary)" if parts.index[0] == "vocabulary" else "begin with a larger teacher, or ask for more bytes"
+    coder, larger = "" if entropy else "code the file (entropy=True, --entropy), ", "trim the vocabulary first (trim_vocabulary, --vocabulary of the playbook)" if parts.index[0] == "vocabulary" else "begin with a larger teacher, or ask for more bytes"
     remedy = "experts stay in float here: use quant.experts and pruning.experts" if any(map(is_fused, twin.modules())) else coder + larger
     return f"{budget:,} bytes cannot be met: the smallest {type(twin).__name__} of this kind takes {total:,} ({said}); {remedy}"
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from .blocks import calibration_blocks
 from .store import find_tokenizer
-from .surgery import LINEAR, Stop, find, matrix, model_inputs, selected, tied, walk
+from .surgery import LINEAR, Stop, check_model, find, matrix, model_inputs, selected, tied, walk
 
 # %% ../nbs/05_calibration.ipynb #a4e2a15f
 def _without_tables(model, found):
@@ -29,6 +29,7 @@ def targets(
     embeddings:bool=False, # Embeddings and the output head too
 ) -> dict[str, list[str]]: # A module's name -> all names that share its weight, itself first
     "The modules to compress, grouped by the weight they share."
+    check_model(model)
     ends = {p for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None for p in m.modules()}     # factored ones have parts
     same, out = tied(model), {}
     for name, m in find(model, (*LINEAR, *((nn.Embedding,) if embeddings else ())), include, exclude).items():

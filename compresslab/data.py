@@ -49,11 +49,12 @@ def local_path(
 def not_found(
     name:str, # What was asked for
     why:str="", # What the Hub answered
+    remedy:str="`compresslab data list` shows the text that is here.",
 ) -> FileNotFoundError: # To be raised
     "The error for a name that is neither a path, nor under the data root, nor on the Hub."
     return FileNotFoundError(f"'{name}' was not found. Tried: the path {Path(name).expanduser().absolute()}; "
         f"the data folder {data_root()/name}; the Hugging Face Hub ({why or 'no such name'}). "
-        "`compresslab data list` shows what is here.")
+        f"{remedy}")
 
 # %% ../nbs/01_data.ipynb #0fe42057
 def hash_split(
@@ -147,6 +148,7 @@ def split_name(
     "Take the split off a name: `corpus:split` says it, `folder/valid.txt` does too, everything else is `default`."
     base, _, tail = name.rpartition(":")
     if base and tail in ("train", "valid", "test", "all"): name, split = base, tail
+    elif base and "/" not in tail and (base == "python-stdlib" or base in HUB or local_path(base)): split = tail
     if split is None: split = (claimed_split(Path(name)) if Path(name).suffix else None) or default
     if split not in ("train", "valid", "test", "all"):
         raise ValueError(f"split '{split}' is unknown: use train, valid, test or all")
@@ -195,11 +197,12 @@ def hub_answers() -> bool:
 
 def ask_hub(
     name:str, # Of a dataset or a model
+    *remedy:str, # As for `not_found`
 ):
     "Raise the error for an unknown name if it is no name the Hub could have, or is not in the cache and the Hub cannot be reached."
     from huggingface_hub import try_to_load_from_cache
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name): raise not_found(name, "not a Hub name")
-    if not isinstance(try_to_load_from_cache(name, "config.json"), str) and not hub_answers(): raise not_found(name, "it cannot be reached")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name): raise not_found(name, "not a Hub name", *remedy)
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str) and not hub_answers(): raise not_found(name, "it cannot be reached", *remedy)
 
 # %% ../nbs/01_data.ipynb #dc3e5a7e
 def hub_rows(

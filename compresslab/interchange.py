@@ -73,10 +73,10 @@ def _plan(model, plain, unpack:bool) -> dict: # Name of a replaced module -> its
         module, old = model.get_submodule(name), plain.get_submodule(name)
         why, floats = _misfit(module, old)
         shared = isinstance(old, nn.Embedding) or f"{name}.weight" in {*ties, *ties.values()}
-        if why and not (floats and (unpack or shared)): raise ValueError(f"{name}: {why}" + (", or pass unpack=True to write it as floats" if floats else ""))
+        if why and not (floats and (unpack or shared)): raise ValueError(f"{name}: {why}" + (", or pass unpack=True (--unpack) to write it as floats" if floats else ""))
         plan[name] = None if why or shared else module.weight
     weights = [w for w in plan.values() if w is not None]
-    if not weights: raise ValueError("no layer of this model can be written packed: quantize its linear layers to 4 or 8 bits first, for example by rtn(model, bits=4)")
+    if not weights: raise ValueError("no layer of this model can be written packed: quantize its linear layers to 4 or 8 bits first, for example by rtn(model, bits=4), or compresslab compress MODEL --bits 4")
     sizes = {w.group_size for w in weights if w.shape[1] > w.group_size}
     return {n: w if w is None else _scheme(w, sizes) for n, w in plan.items()}
 

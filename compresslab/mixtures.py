@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .calibration import calibration_inputs, token_masks
-from .surgery import find, model_inputs, selected
+from .surgery import check_model, find, model_inputs, selected
 
 # %% ../nbs/07_mixtures.ipynb #262c187b
 def weight_names(fused) -> tuple[str, str]: # The two 3-D weights of a fused module
@@ -56,7 +56,7 @@ def mixtures(
     include=None, exclude=None, # Regular expressions on names, as in `surgery.find`
 ) -> dict[str, nn.Module]:
     "The mixtures of experts of a model that are not packed yet, by name."
-    out = {}
+    out = {}; check_model(model)
     for name, m in model.named_modules():
         if not selected(name, include, exclude) or any(name.startswith(o + ".") for o in out): continue
         if is_fused(m) or is_list(name, m): out[name] = m

@@ -490,7 +490,8 @@ class Plan(list):
         first, size = self[0]["bytes"], [f"{p['bytes']:,}" if p["bytes"] else "?" for p in self]
         ratio = [f"{first/p['bytes']:.2f}x" if p["bytes"] else "" for p in self]
         lines = [f"{i:>2}  {p['stage']:<22} {'<= '*p['bound'] + n:>16} {r:>9}  {p['said']}" for i, (p, n, r) in enumerate(zip(self, size, ratio))]
-        return "\n".join([f"    {'stage':<22} {'predicted bytes':>16} {'ratio':>9}  settings", *lines])
+        unknown = ["?: the model decides in the run how many bytes that takes"]*("?" in size) + ["<=: at most; layouts and coding may make it less"]*any(p["bound"] for p in self)
+        return "\n".join([f"    {'stage':<22} {'predicted bytes':>16} {'ratio':>9}  settings", *lines, *unknown])
     __repr__ = __str__
 
 def _plan(self) -> Plan:

@@ -151,6 +151,7 @@ def fit(
     progress:bool=True, # Show a bar
 ) -> History: # A dict a step
     "Train. Runs on one CPU, one GPU, or many devices under `accelerate launch`."
+    if isinstance(data, str): raise TypeError(f"{data!r} is a name: train on its blocks, pack(documents({data!r}), tokenizer) of compresslab.blocks and compresslab.data")
     if len(data) == 0: raise ValueError("no data to train on")
     if precision == "auto": precision = "bf16" if has_bf16(Accelerator().device) else "no"     # not PartialState(): asked first, it takes several CPU processes for one
     AcceleratorState._reset_state()   # accelerate keeps one precision a process; every fit chooses its own

@@ -64,6 +64,9 @@ MISTAKES = {
     "out is the model": (lambda t, p: ("compress", t, "--out", t), "is the model itself"),
     "measured text was seen": (lambda t, p: ("compress", t, "--calibration", "python-stdlib:valid", "--on", "python-stdlib:valid", "--out", p/"m"), "choose another with --on"),
     "bad group size": (lambda t, p: ("compress", t, "--group-size", "-1"), "group_size=-1 is not supported"),
+    "no such device": (lambda t, p: ("measure", t, "--device", "cuda:99"), "--device cuda:99"),
+    "no recipe": (lambda t, p: ("run", p/"no.yaml"), "The project has some in recipes/"),
+    "unknown part": (lambda t, p: ("measure", t, "--on", "python-stdlib:tset"), "split 'tset' is unknown"),
     "unknown report": (lambda t, p: ("report", "quantt"), "did you mean 'quant'?"),
     "unknown parameter": (lambda t, p: ("report", "quant", "-p", "width=3"), "did you mean 'widths'?"),
 }
@@ -94,6 +97,11 @@ def test_a_full_disk_while_saving_keeps_the_finished_layers(tiny, tmp_path, monk
 
 
 def test_debug_shows_the_trace(): assert "Traceback" in run("compress", "no/such/model", "--debug").stderr
+
+
+def test_version():
+    import compresslab
+    assert run("--version").stdout.strip() == compresslab.__version__
 
 
 def test_doctor_and_data(tmp_path):

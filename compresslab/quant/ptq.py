@@ -199,10 +199,10 @@ def _quantize_ends(model, rest, inputs, settings):
 # %% ../../nbs/quant/12_ptq.ipynb #9ffa22db
 class _Finished:
     "Finished layers on disk, one safetensors file each; does nothing without a folder."
-    def __init__(self, folder, model, inputs, settings, found):
+    def __init__(self, folder, model, inputs, settings, found, **more): # more: settings of whoever asks
         self.folder, self.settings, self.found = Path(folder) if folder else None, settings, found
         if not self.folder: return
-        h = hashlib.sha256(json.dumps([vars(settings), found]).encode())
+        h = hashlib.sha256(json.dumps([vars(settings), found, more]).encode())
         for t in [t for x in inputs for t in x.values()] + [*model.state_dict().values()]: h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         stamp = self.folder/"fingerprint"
         if self.folder.exists() and any(self.folder.iterdir()) and not (stamp.exists() and stamp.read_text() == h.hexdigest()):

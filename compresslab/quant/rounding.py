@@ -8,13 +8,15 @@ Docs: https://compresslab.github.io/compresslab/quant/rounding.html.md"""
 __all__ = ['shrink', 'half_quadratic', 'hqq', 'learn_rounding']
 
 # %% ../../nbs/quant/17_rounding.ipynb #c1c92c19
+from pathlib import Path
+
 import torch
 from tqdm.auto import tqdm
 
 from .grid import ends_grid, groups, quantize, round_scale
 from .linear import PackedWeight
 from ..calibration import aim, calibration_inputs, group_hessians, reconstruct, targets
-from .ptq import _quantize_ends, _Settings, check, pack_shared, width_of
+from .ptq import _Finished, _quantize_ends, _Settings, check, pack_shared, width_of
 from .qat import QATLinear
 from ..surgery import matrix, replace, walk
 
@@ -101,14 +103,18 @@ def learn_rounding(
     seed:int=0, # Of the calibration's draw and of the batches
     include=None, exclude=None, # Regular expressions on module names
     tokenizer=None, # Where calibration is a name; by default the one beside the model
+    checkpoint:str|Path|None=None, # A folder for finished layers: Ctrl-C, call again, and it continues
     progress:bool=True,
 ): # The model
     "GPTQ, then learned rounding layer by layer (AdaRound, AutoRound)."
     found = check(model, targets(model, include, exclude, embeddings), bits, group_size, activations)
     inputs = calibration_inputs(model, calibration, samples, length, seed, tokenizer, found)
     settings, rest = _Settings(bits, group_size, symmetric, True, damp, True, 3, activations), dict(found)
+    done = _Finished(checkpoint, model, inputs, settings, found, steps=steps, lr=lr, batch=batch, seed=seed)
     for visit in walk(model, inputs, keep_original=True, progress=progress):
         names = {n: model.get_submodule(n) for n in found if n.startswith(visit.name + ".")}
+        for n in names: rest.pop(n)
+        if done.restore(visit.name, model): continue
         layers = {}
         with torch.no_grad():
             for group, hessian in group_hessians(model, visit, names, inputs, original=True):
@@ -117,6 +123,7 @@ def learn_rounding(
                     layers[n] = QATLinear.from_packed(settings.quantize(n, w, hessian), aim(w, hessian, damp), names[n].bias, activations, w == 0)
                     for other in found[n]: replace(model, other, layers[n])
         if layers and steps: _learn(visit, [*layers.values()], inputs, model.config.is_encoder_decoder and "decoder" in visit.name, steps, lr, batch, seed)
-        for n, m in layers.items(): pack_shared(model, found[n], m.pack(), activations); rest.pop(n)
+        for n, m in layers.items(): pack_shared(model, found[n], m.pack(), activations)
+        done.write(visit.name, model, names)
     with torch.no_grad(): _quantize_ends(model, rest, inputs, settings)
     return model

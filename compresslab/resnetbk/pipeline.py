@@ -47,6 +47,7 @@ class Rows(torch.utils.data.Dataset):
 def rows_of(loader, name:str) -> tuple: # Rows, and the batch size or None
     "What a loader reads."
     data, batch_size = (loader.dataset, loader.batch_size) if isinstance(loader, DataLoader) else (loader, None)
+    if isinstance(data, str): raise TypeError(f"{name} is {data!r}, a name: pass its blocks, pack(documents({data!r}), tokenizer) of compresslab.blocks and compresslab.data")
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")): raise TypeError(f"{name} is a {type(data).__name__}, which cannot be read twice: pass a DataLoader over a map-style data set, or the data set")
     if len(data) == 0: raise ValueError(f"{name} is empty")
     if not isinstance(data[0], dict) or "input_ids" not in data[0]: raise TypeError(f"the rows of {name} are no dicts with input_ids")
