@@ -1,13 +1,14 @@
 # compresslab: these commands do everything on a fresh machine.
 #   make demo      compress the bundled model and print what came out
-#   make test      the whole test suite
+#   make test      the whole test suite (about an hour on two cores)
+#   make quick     the same without the tests marked slow: what each push runs
 #   make docs      the docs site, into _docs
 #   make reports   every report, into reports/ (hours; goes on where it was stopped)
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test docs reports export outputs clean
+.PHONY: demo test quick docs reports export outputs clean
 
 demo: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(BIN)/compresslab report quant --profile smoke
@@ -15,11 +16,14 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# nbdev's own site where Quarto is there; elsewhere the same processed notebooks by Sphinx, which needs no network; a broken link is an error
+quick: $(VENV)/.ready
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# nbdev's own site where Quarto is there; elsewhere the same processed notebooks by Sphinx, which needs no network, and nbdev is kept from installing Quarto; a broken link is an error
 docs: $(VENV)/.ready
 	if command -v quarto >/dev/null; then $(BIN)/nbdev-docs; else \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]' && \
-	rm -rf _proc _docs && HF_HUB_OFFLINE=1 $(BIN)/nbdev-proc-nbs && \
+	rm -rf _proc _docs && HF_HUB_OFFLINE=1 $(BIN)/python -c "from nbdev import quarto; quarto._ensure_quarto = lambda: None; quarto.nbdev_proc_nbs.__wrapped__()" && \
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs _proc _docs && \
 	$(BIN)/linkchecker --no-status --no-warnings --ignore-url '^https?:' "file://$(CURDIR)/_docs/index.html"; fi
 	@echo "the site: _docs/index.html"

@@ -63,6 +63,7 @@ def compress(
 ):
     "Quantize a model, save it, and measure what came out."
     import time
+    import torch
     import compresslab as cl
     from compresslab.quant.grid import check_bits
     from compresslab.store import check_replaceable, model_path
@@ -77,13 +78,15 @@ def compress(
     start = time.time()
     quantize_and_save(loaded, method, out, calibration, samples, dict(bits=bits, group_size=group_size, symmetric=symmetric, embeddings=embeddings, activations=activations.value))
     seconds = time.time() - start
+    ends = {id(m.weight): m.weight for m in (loaded.get_input_embeddings(), loaded.get_output_embeddings()) if isinstance(getattr(m, "weight", None), torch.Tensor)}.values()
+    left = "" if embeddings else f"; {sum(w.nbytes for w in ends):,} bytes of it are the vocabulary's, which --embeddings quantizes too"
     del loaded
     ledger = cl.Ledger()
     ledger.measure("original", path, blocks, device=device)
     ledger.measure(f"{method.value} {bits} bits", out, blocks, device=device, seconds=seconds)
-    ledger.save(out/"ledger.json")
+    ledger.race(None if blocks is None else blocks.input_ids[0], device=device).save(out/"ledger.json")
     said = f"measured on {on} ({blocks.n_tokens:,} tokens)" if blocks else "bytes and speed only: the quality of an encoder-decoder needs pairs of texts (compresslab.measure)"
-    typer.echo(f"\n{ledger}\n\n{said}; saved to {out}")
+    typer.echo(f"\n{ledger}\n\n{said}; saved to {out}{left}")
 
 # %% ../nbs/92_cli.ipynb #f506fc48
 def quantize_and_save(model, method:Method, out:Path, calibration:str, samples:int, common:dict):

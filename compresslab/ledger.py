@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from .blocks import Blocks, pack
 
@@ -177,6 +178,22 @@ class Ledger:
     def measure(self, name:str, model, on="python-stdlib", **kwargs) -> Row:
         "`measure`, then `add`."
         return self.add(measure(model, on, name, **kwargs))
+
+    def race(self,
+        ids:torch.Tensor|None=None, # (T,) tokens to read; by default 64 of them
+        new:int=32, # Tokens to write
+        rounds:int=5,
+        device=None, # By default the CPU
+        progress:bool=True,
+    ) -> "Ledger":
+        "Time all rows again from their folders, in turn, and keep each one's median; all models are in memory at once."
+        models = {r.name: load(r.folder, device) for r in self.rows}
+        times, ids = {n: [] for n in models}, torch.full((64,), 3) if ids is None else ids
+        for _ in tqdm(range(rounds), desc="speed", disable=not progress):
+            for n, m in models.items(): times[n].append(speed(m, ids, new, repeats=1))
+        for r in self.rows: r.prefill, r.decode = (statistics.median(t) for t in zip(*times[r.name]))
+        if self.path: self.save(self.path)
+        return self
 
     def retention(self, score:str="top1") -> dict: # name -> score over the original's score
         "How much of a named score each row keeps."
