@@ -43,7 +43,7 @@ outputs: $(VENV)/.ready
 $(VENV)/.ready: constraints.txt pyproject.toml
 	python3 -c 'import sys; assert sys.version_info >= (3, 11), "compresslab needs Python 3.11 or newer"'
 	test -x $(BIN)/python || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0 --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt torch==2.13.0 --editable '.[dev]'
 	touch $@
 
 clean:

@@ -26,6 +26,7 @@ class Forked:
         self.process.start()
 
     def poll(self): return self.process.exitcode
+    def kill(self): self.process.kill()
     def send_signal(self, number): os.kill(self.process.pid, number)
     def wait(self, timeout=None):
         self.process.join(timeout)

@@ -19,7 +19,7 @@ from compresslab._modidx import d as index
 ROOT = Path(__file__).resolve().parents[1]
 SHORTER = [  # the same lines, for small models and less text
     (r"(tokens=)[\d.]+e\d", r"\g<1>1e3"), (r"epochs=\d+", "epochs=1"), (r"steps=500", "steps=2"), (r"iterations=30", "iterations=2"), (r"n=1000, new=255", "n=4, new=16"),
-    (r"limit=200", "limit=2"), (r"texts, pairs\)", "texts, pairs, warmup_steps=2, task_steps=2)"), (r'"python-stdlib"(?=\)|, (share|sparsity|bits|keep|n=|prune|pattern))', "few"), (r"ratio=100,", 'ratio=20, data=dict(text="python-stdlib", length=64, train_tokens=20000, valid_tokens=1000, test_tokens=1000, samples=4), tokens=2e3, batch_size=4,'), (r"budget_bytes=2_500_000", "budget_bytes=1_200_000"), (r'data="squad"', "**SMALL_SQUAD"), (r"target_lengths=\(32, 64, 128\)", "target_lengths=(4,)"),
+    (r"(factorize_embedding\(.*share=.25)\)", r"\1, steps=5)"), (r"limit=200", "limit=2"), (r"texts, pairs\)", "texts, pairs, warmup_steps=2, task_steps=2)"), (r'"python-stdlib"(?=\)|, (share|sparsity|bits|keep|n=|prune|pattern))', "few"), (r"ratio=100,", 'ratio=20, data=dict(text="python-stdlib", length=64, train_tokens=20000, valid_tokens=1000, test_tokens=1000, samples=4), tokens=2e3, batch_size=4,'), (r"budget_bytes=2_500_000", "budget_bytes=1_200_000"), (r'data="squad"', "**SMALL_SQUAD"), (r"target_lengths=\(32, 64, 128\)", "target_lengths=(4,)"),
     (r'"gist", 32', '"gist", 4'), (r"target_compression=100", "target_compression=20"), (r'data="/data"', "data=tasks"), (r"save_dir=", "qat_epochs=.1, pruning_epochs=.1, distillation_epochs=.2, save_dir="),
     (r"--ratio 100", "--ratio 4"), (r"(compresslab playbook .*)", r"\1 --tokens 2000 --seq-len 64"), (r"recipes/10x.yaml", "recipe.yaml"), (r"2_000_000", "20_000"), (r"(compresslab compress .*)", r"\1 --samples 2 --max-tokens 1000"), (r"(compresslab measure .*)", r"\1 --max-tokens 1000"), (r"(recursive train .*)", r"\1 --epochs .01 --max-tokens 2000 --max-length 64"),
 ]
@@ -41,7 +41,8 @@ def blocks():
 
 
 BLOCKS = list(blocks())
-PYTHON = [pytest.param(path, text, id=f"{path.stem}-{i}") for i, (path, kind, text) in enumerate(BLOCKS) if kind == "python"]
+SLOW = ("ablate(", "run_ablations(", "playbook(", "recipe.run(out=")
+PYTHON = [pytest.param(path, text, id=f"{path.stem}-{i}", marks=pytest.mark.slow if any(call in text for call in SLOW) else []) for i, (path, kind, text) in enumerate(BLOCKS) if kind == "python"]
 LINES = dict.fromkeys(line for _, kind, text in BLOCKS if kind in ("sh", "bash") for line in (re.sub(r"\s+#.*", "", x) for x in text.splitlines()) if line)
 
 

@@ -50,7 +50,7 @@ def built(twin, found):
     return model.to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("ratio, width, layers", [(5, 128, 2), (10, 192, 3), (100, 256, 4), (1000, 512, 6), (10_000, 1024, 8)])
+@pytest.mark.parametrize("ratio, width, layers", [(5, 128, 2), (10, 192, 3), (100, 256, 4), *(pytest.param(*large, marks=pytest.mark.slow) for large in ((1000, 512, 6), (10_000, 1024, 8)))])
 @pytest.mark.parametrize("family", SIZES)
 def test_presets_leave_the_file_that_was_predicted(family, ratio, width, layers, tmp_path):
     with torch.device("meta"): teacher = SIZES[family](width, layers)
@@ -62,6 +62,7 @@ def test_presets_leave_the_file_that_was_predicted(family, ratio, width, layers,
     assert real <= coded.budget and (coded.stages[-1][0] == "quant.gptq" or abs(coded.predicted/real - 1) < .02), (coded, real)     # what has no price is only bounded
 
 
+@pytest.mark.slow
 def test_a_real_model_reaches_what_was_planned(pylm, tmp_path):
     found = plan(pylm, 100, tokens=2000, entropy=True)
     run = found.recipe(data=dict(text="python-stdlib", length=64, train_tokens=4000, valid_tokens=500, test_tokens=500), logging=dict(progress=False)).run(out=tmp_path/"run", device="cpu", progress=False)

@@ -84,6 +84,7 @@ cache_logits(model, text, folder, k=20, batch_size=4, shard_rows=8, progress=Fal
 """
 
 
+@pytest.mark.slow
 def test_a_killed_cache_goes_on(pylm, tmp_path):
     """SIGKILL in the middle: whole shards are kept, the rest is made, and it is as if nothing had happened."""
     script = tmp_path/"cache.py"
@@ -105,6 +106,7 @@ def test_a_killed_cache_goes_on(pylm, tmp_path):
         for k, v in whole[i].items(): assert torch.equal(v, kept[i][k]), k
 
 
+@pytest.mark.slow
 def test_two_tokenizers_on_real_models(stories, shared):
     """A model of single characters and one with 512 pieces tell the next byte of the same text; the first teaches a student of the second kind more than the text alone does."""
     speller, pieces, docs = stories

@@ -248,6 +248,7 @@ def test_sharded_and_generating(tiny, tmp_path):
     folder = export(model, folder=tmp_path/"m", max_shard_size="20KB", progress=False)
     assert len([*folder.glob("model-*.safetensors")]) > 1
     code = f"""
+import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained({str(folder)!r}), AutoTokenizer.from_pretrained({str(folder)!r})
 print("TEXT", model.generate(**tokenizer("def f(x):", return_tensors="pt"), max_new_tokens=12, do_sample=False)[0].tolist())

@@ -86,6 +86,7 @@ def test_a_fresh_process_answers_from_the_file(stories, tmp_path):
         load_cache(tmp_path/"model")
 
 
+@pytest.mark.slow
 def test_a_real_model_learns_gists(stories):
     """Stories, 96 tokens in 12: trained to use gists, a model continues unseen stories better than one trained for as long without the beginning,
     and better than itself with the gists hidden; untrained, gists only disturb it."""

@@ -89,6 +89,7 @@ def test_every_architecture_and_control_takes_a_step(tokenizer, code):
         assert all(p.grad is not None for n, p in reader.learned().items()) and all(p.grad is None for p in reader.parameters() if not p.requires_grad)
 
 
+@pytest.mark.slow
 def test_processes_find_the_same_numbers(pylm, code, tmp_path):
     """Two runs at a time in processes of their own end like the same runs here."""
     base = CompressionConfig(model=str(pylm), data=str(code), template="\n# {question}:", ending="\n", train_examples=8, valid_examples=8, max_answer=4, precision="no")
@@ -173,6 +174,7 @@ def test_cost_of_a_real_model(pylm):
     with pytest.raises(ValueError, match="do not fit into the model's 512 positions"): context_costs(lm, (512,), progress=False)
 
 
+@pytest.mark.slow
 def test_a_compressor_learns_real_code(pylm, tokenizer, tmp_path):
     """Forty steps on pieces of the standard library, eight times compressed: most exceptions are named, in files that were never seen."""
     rows, held = (mentions(tokenizer, split, kinds=("exception",), docs=docs, least=12 if split == "train" else 1, most=90 if split == "train" else 8) for split, docs in (("train", 260), ("valid", 50)))

@@ -18,6 +18,7 @@ from compresslab.store import find_tokenizer, load, save, stored_bytes
 from compresslab.train import distil, evaluate, fit
 
 
+@pytest.mark.slow
 def test_a_quarter_of_the_embeddings_bytes_costs_at_most_two_percent(pylm, tmp_path):
     model, tokenizer = load(pylm, dtype=torch.float32), find_tokenizer(pylm)
     held = cl.held_out(pylm, "python-stdlib:valid", max_tokens=8000)
@@ -34,6 +35,7 @@ def test_a_quarter_of_the_embeddings_bytes_costs_at_most_two_percent(pylm, tmp_p
     assert ratio <= 1.02, ratio
 
 
+@pytest.mark.slow
 def test_recovery_of_a_quarter_of_the_numbers(pylm):
     model, tokenizer = load(pylm, dtype=torch.float32), find_tokenizer(pylm)
     held = cl.held_out(pylm, "python-stdlib:valid", max_tokens=3000)

@@ -36,7 +36,7 @@ def test_gptq_is_below_rounding_and_below_its_limit(stories, bits, most):
     assert ratio["gptq"] <= most and (bits == 8 or ratio["gptq"] < ratio["rtn"]), ratio
 
 
-@pytest.mark.parametrize("bits, most", [(4, 1.03), (3, 1.20), (2, 3.0)])
+@pytest.mark.parametrize("bits, most", [pytest.param(4, 1.03, marks=pytest.mark.slow), (3, 1.20), pytest.param(2, 3.0, marks=pytest.mark.slow)])
 def test_learned_rounding_is_below_its_limit(stories, bits, most):
     """Decoder weights in groups of 32, no training on next tokens; text that nothing was calibrated on."""
     model, calibration, held_out, ppl = stories
@@ -44,6 +44,7 @@ def test_learned_rounding_is_below_its_limit(stories, bits, most):
     assert evaluate(made, held_out, progress=False).ppl/ppl <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits, tokens, lr", [(3, 40e3, 4e-3), (2, 40e3, 1e-2)])
 def test_training_with_rounding_undoes_most_of_the_damage(stories, bits, tokens, lr):
     """A short run from plain rounding: at least half of the lost nats come back, and conversion keeps them."""

@@ -50,6 +50,7 @@ def start(recipe, model, out):
     return begin("run", recipe, "--model", model, "--out", out, "--device", "cpu", env=ENV)
 
 
+@pytest.mark.slow
 def test_killed_at_three_moments_and_resumed_ends_with_the_same_file(pylm, corpus, tmp_path):
     recipe = tmp_path/"recipe.yaml"; recipe.write_text(PYLM.format(text=corpus))
     stages = tmp_path/"a"/"stages"
@@ -335,6 +336,7 @@ stages:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_only_one_writes(tiny, corpus, tmp_path):
     """`accelerate launch`: training is shared, everything else happens once; a kill is survived there too."""
     recipe = tmp_path/"recipe.yaml"; recipe.write_text(TWO.format(text=corpus))

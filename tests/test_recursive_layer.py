@@ -169,6 +169,7 @@ def test_a_single_token_costs_few_operations(subjects):
     assert any(m.modulator.weight.grad.abs().sum() > 0 for m in recursive_modules(zero).values())
 
 
+@pytest.mark.slow
 def test_a_short_training_keeps_the_promise(subjects):
     """A few steps on other stories, at half of the bytes: at most 1.05 times the perplexity."""
     original, blocks = subjects["stories260k"]

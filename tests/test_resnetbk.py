@@ -60,6 +60,7 @@ def test_a_fresh_process_knows_the_class(tmp_path):
     assert said.stdout.strip().endswith("ResNetBKForCausalLM"), said.stderr
 
 
+@pytest.mark.slow
 def test_the_pipeline_on_a_real_llama(stories260k, tmp_path):
     model, tokenizer, texts = stories260k
     before = copy.deepcopy(model.state_dict())
