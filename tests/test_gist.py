@@ -154,6 +154,7 @@ for model in (LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=40, interm
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, monkeypatch):
     """A wrapped model takes its gist masks, an encoder-decoder's hook included: two processes change the weights as one with twice the batches a step."""
     (tmp_path/"train.py").write_text(SCRIPT)

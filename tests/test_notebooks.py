@@ -9,7 +9,7 @@ NOTEBOOKS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/"nbs").rglob("*
                    if "reports" not in p.parts and not any(part.startswith((".", "_")) for part in p.parts))
 
 
-SLOW = ("20b_calibrated", "22b_removal", "23_schedule", "24_bregman", "15_experts", "18_mixed", "13b_rate", "30b_tensors", "31_embedding", "32_kv", "61_layer", "61b_training", "40b_students", "78_pipeline", "81_budget", "82_playbook", "shell", "jupyter", "batch")   # real models, most of a minute or more
+SLOW = ("20b_calibrated", "21_structured", "22b_removal", "23_schedule", "24_bregman", "15_experts", "16_scaling", "17_rounding", "18_mixed", "13b_rate", "30b_tensors", "31_embedding", "32_kv", "61_layer", "61b_training", "40b_students", "78_pipeline", "81_budget", "82_playbook", "shell", "jupyter", "batch", "library")   # real models, most of a minute or more
 
 
 def nbdev_test(notebook):

@@ -91,6 +91,7 @@ def command(lab, out, *more):
 ENV = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
 
 
+@pytest.mark.slow
 def test_killed_in_a_dendrite_phase_it_ends_the_same(lab, tmp_path):
     more = ("--experiment-type=compressed_pai", "--use-pai", "--p-epochs-to-switch=2")
     straight = main([*command(lab, tmp_path/"straight", *more)[3:]])

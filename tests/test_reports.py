@@ -9,7 +9,8 @@ from compresslab.report import headline, reports, run_report
 DATA = dict(pai="scitldr") # What a report reads that does not come with the project
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "quant" else pytest.mark.slow) for name in reports()])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", reports())
 def test_smoke(name, tmp_path, request, monkeypatch):
     if name in DATA: monkeypatch.setenv("COMPRESSLAB_DATA", str(request.getfixturevalue("shared")(DATA[name]).parent))
     run = run_report(name, "smoke", folder=tmp_path, progress=False)
