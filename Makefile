@@ -13,11 +13,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(BIN)/compresslab report quant --profile smoke
 
-test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-
-quick: $(VENV)/.ready
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+quick: MARKS := -m "not slow"
+test quick: $(VENV)/.ready
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(MARKS)
 
 # nbdev's own site where Quarto is there; elsewhere the same processed notebooks by Sphinx, which needs no network, and nbdev is kept from installing Quarto; a broken link is an error
 docs: $(VENV)/.ready

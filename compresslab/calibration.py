@@ -112,6 +112,7 @@ def aim(
     ridge = damp*h.diagonal().mean().clamp(min=1e-12)*torch.eye(len(h), dtype=h.dtype, device=h.device)
     return torch.linalg.solve(h + ridge, (c + ridge).T @ w.double().T).T.float()
 
+# %% ../nbs/05_calibration.ipynb #7d1be0a7
 def input_groups(visit, names:dict) -> list[list[str]]: # names: module name -> module, within the visited layer
     "Names of the linear layers that read the same tensor, in order of execution; those that the first sample does not reach come last, alone."
     seen, keep = {}, []
@@ -148,12 +149,12 @@ def token_masks(inputs:list[dict], decoder:bool) -> list: # decoder: of an encod
         return x["decoder_attention_mask"] if "decoder_attention_mask" in x else x["labels"] != -100 if "labels" in x else x.get("attention_mask")
     return [mask(x) for x in inputs]
 
-def real_tokens(masks:list, group:list[int], x) -> torch.Tensor|None: # masks: as `token_masks` returns them; x: (B, T, ...), of a group's samples one after another
+def real_tokens(masks:list, group:list[int], x) -> torch.Tensor|None: # masks: as `token_masks` returns them; x: (B, T, C), of a group's samples one after another
     "The mask (B, T) of tokens that are not padding; None where all count."
     found = [masks[s] for s in group]
     if all(m is None for m in found): return
     found = torch.cat([torch.ones_like(next(m for m in found if m is not None)) if m is None else m for m in found]).bool()
-    return found.to(x.device) if found.shape == x.shape[:2] else None
+    return found.to(x.device) if found.shape == x.shape[:-1] else None
 
 def layer_inputs(run, modules:list, group:list[int], stop:bool=True) -> list: # A tensor each; None for one that is not reached
     "What modules read when a group of samples is run up to the last of them, or to its end."
@@ -193,7 +194,7 @@ def untouched_inputs(
 ): # A function of (module's number, group): what that module reads
     "What the modules of a layer read while nothing is changed; its outputs are kept for the walk."
     kept = {}
-    def run(*group): visit.outputs.update(zip(group, visit.run(*group).split(len(visit.hidden[group[0]]))))
+    def run(*group): visit.outputs.update(visit.outputs_of(*group))
     for group in groups:
         if room <= 0: break
         kept[group[0]] = layer_inputs(run, modules, group, stop=False)
@@ -238,7 +239,7 @@ def reconstruct(
     after=lambda: None, # Called after each step
 ) -> list[float]: # The error at each step, relative to the output
     "Learn some parameters of a layer so that its output is what the untouched layer's was."
-    with torch.no_grad(): goals = {s: goal for group in visit.original.together() for s, goal in zip(group, visit.original.run(*group).split(len(visit.hidden[group[0]])))}
+    with torch.no_grad(): goals = {s: goal for group in visit.original.together() for s, goal in visit.original.outputs_of(*group).items()}
     masks, batch = token_masks(inputs, decoder), min(batch, len(goals))
     opt = torch.optim.Adam(groups, betas=(.9, .95))
     rates, draw, size, errors = [g["lr"] for g in opt.param_groups], torch.Generator().manual_seed(seed), torch.stack([g.float().square().mean() for g in goals.values()]).mean(), []
@@ -247,9 +248,8 @@ def reconstruct(
             for g, r in zip(opt.param_groups, rates): g["lr"] = r*(1 - step/steps)
             opt.zero_grad(); total = 0.
             for group in visit.together(torch.randperm(len(goals), generator=draw)[:batch].tolist()):
-                error = (visit.run(*group).float() - torch.cat([goals[s] for s in group]).float()).square()
-                each = zip(group, error.split(len(error)//len(group)))
-                loss = sum((e.mean() if (keep := real_tokens(masks, [s], e)) is None else e[keep].mean()) for s, e in each)/size/batch
+                errors_of = {s: (h.float() - goals[s].float()).square() for s, h in visit.outputs_of(*group).items()}
+                loss = sum((e.mean() if (keep := real_tokens(masks, [s], e)) is None else e[keep].mean()) for s, e in errors_of.items())/size/batch
                 loss.backward(); total += loss.item()
             opt.step(); after(); errors.append(total)
     visit.layer.zero_grad()                                   # others in the layer had gradients too; they are not trained

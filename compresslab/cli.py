@@ -82,8 +82,8 @@ def compress(
     left = "" if embeddings else f"; {sum(w.nbytes for w in ends):,} bytes of it are the vocabulary's, which --embeddings quantizes too"
     del loaded
     ledger = cl.Ledger()
-    ledger.measure("original", path, blocks, device=device)
-    ledger.measure(f"{method.value} {bits} bits", out, blocks, device=device, seconds=seconds)
+    ledger.measure("original", path, blocks, device=device, timing=False)              # the race times both, once
+    ledger.measure(f"{method.value} {bits} bits", out, blocks, device=device, timing=False, seconds=seconds)
     ledger.race(None if blocks is None else blocks.input_ids[0], device=device).save(out/"ledger.json")
     said = f"measured on {on} ({blocks.n_tokens:,} tokens)" if blocks else "bytes and speed only: the quality of an encoder-decoder needs pairs of texts (compresslab.measure)"
     typer.echo(f"\n{ledger}\n\n{said}; saved to {out}{left}")

@@ -53,8 +53,7 @@ def not_found(
 ) -> FileNotFoundError: # To be raised
     "The error for a name that is neither a path, nor under the data root, nor on the Hub."
     return FileNotFoundError(f"'{name}' was not found. Tried: the path {Path(name).expanduser().absolute()}; "
-        f"the data folder {data_root()/name}; the Hugging Face Hub ({why or 'no such name'}). "
-        f"{remedy}")
+        f"the data folder {data_root()/name}; the Hugging Face Hub ({why or 'no such name'}). {remedy}")
 
 # %% ../nbs/01_data.ipynb #0fe42057
 def hash_split(

@@ -186,12 +186,15 @@ class Ledger:
         device=None, # By default the CPU
         progress:bool=True,
     ) -> "Ledger":
-        "Time all rows again from their folders, in turn, and keep each one's median; all models are in memory at once."
+        "Time all rows from their folders, in turn, and keep each one's median; all models are in memory at once. Rows without a peak of memory get theirs."
         models = {r.name: load(r.folder, device) for r in self.rows}
         times, ids = {n: [] for n in models}, torch.full((64,), 3) if ids is None else ids
         for _ in tqdm(range(rounds), desc="speed", disable=not progress):
             for n, m in models.items(): times[n].append(speed(m, ids, new, repeats=1))
-        for r in self.rows: r.prefill, r.decode = (statistics.median(t) for t in zip(*times[r.name]))
+        del models
+        for r in self.rows:
+            r.prefill, r.decode = (statistics.median(t) for t in zip(*times[r.name]))
+            if r.peak_memory is None: r.peak_memory = peak_memory(r.folder, len(ids), str(device or "cpu"))
         if self.path: self.save(self.path)
         return self
 

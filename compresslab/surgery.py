@@ -108,6 +108,10 @@ class Visit:
         out = self.layer(hidden, *call[0], **call[1])
         return out[0] if isinstance(out, tuple) else out
 
+    def outputs_of(self, *samples:int) -> dict[int, torch.Tensor]: # Sample -> (B, T, D)
+        "The same, sample by sample."
+        return dict(zip(samples, self.run(*samples).split(len(self.hidden[samples[0]]))))
+
     def together(self,
         samples=None, # Which; by default all
         room:int=2**20, # Numbers of hidden states in a group; a larger sample is a group of its own
@@ -183,9 +187,9 @@ def walk(
             visit = Visit(f"{name}.{i}", layer, hidden, calls[i])
             if keep_original: visit.original = Visit(visit.name, copy.deepcopy(layer), clean, calls[i])
             yield visit
-            for now in (visit, visit.original) if keep_original else (visit,):
-                for group in now.together():                          # in place
-                    new = torch.cat([now.outputs.pop(s) for s in group]) if now.outputs.keys() >= {*group} else now.run(*group)
-                    for s, h in zip(group, new.split(len(now.hidden[group[0]]))): now.hidden[s] = h
+            for stream in (visit, visit.original) if keep_original else (visit,):
+                for group in stream.together():                       # in place
+                    kept = stream.outputs.keys() >= {*group}
+                    for s, h in ({s: stream.outputs.pop(s) for s in group} if kept else stream.outputs_of(*group)).items(): stream.hidden[s] = h
             calls[i] = None; bar.update()
     bar.close()

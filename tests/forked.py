@@ -47,6 +47,7 @@ def _main(*args):
     from transformers.utils import logging
     from compresslab.cli import main
     logging.set_verbosity_error()                                   # as the command asks for in its environment, which is read when transformers is imported
+    if os.environ.get("TQDM_DISABLE"): logging.disable_progress_bar()   # and so is this
     sys.argv = ["compresslab", *args]
     main()
 

@@ -87,9 +87,6 @@ def stands_for(name, chapter, place, shared):
     if name == "objective":
         def objective(config): yield config["dropout-rate"]
         return objective
-    if name == "model" and chapter == "index-pipeline":
-        from compresslab.resnetbk.model import ResNetBKConfig, ResNetBKForCausalLM
-        return ResNetBKForCausalLM(ResNetBKConfig(vocab_size=4096, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id))
     made = dict(model=mixture if chapter in MIXTURES else load, mixture=mixture, teacher=load, original=load, another=load, third=load, student=lambda: cl.student_of(load(), layers=1, progress=False), text=lambda: rows(16), blocks=lambda: rows(16), train=lambda: rows(64), valid=lambda: rows(8),
                 few=lambda: [*ids(8)[:, None]], tokenizer=lambda: words, student_tokenizer=lambda: words, teacher_tokenizer=lambda: words, ids=lambda: ids(1)[:, :8], folder=lambda: place/"out"/"trimmed", documents=lambda: documents("python-stdlib:valid").select(range(2)),
                 texts=lambda: list(documents("python-stdlib:valid").select(range(20))["text"]), pairs=lambda: lambda tokenizer: Pairs([[5, 6, 7]]*8, [[5]]*8, 16, 8))
@@ -112,7 +109,7 @@ def here(place, tmp_path, monkeypatch):
 def test_python(path, text, place, here, shared):
     if told := next((why for what, why in TOLD.items() if what in text), None): pytest.skip(told)
     text = shorter(text); tree = ast.parse(text)
-    chapter = "index-pipeline" if "CompressionPipeline" in text else path.stem
+    chapter = path.stem
     wanted = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     names, own = dict(cl=cl), re.search(r"default_exp (\S+?)\"", path.read_text())
     if own: names |= vars(import_module(f"compresslab.{own[1]}"))

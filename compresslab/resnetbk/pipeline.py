@@ -30,7 +30,7 @@ from ..quant.rate import held_to, prepare_coded, settle, stored_codes
 from .model import MoE, ResNetBKConfig, ResNetBKForCausalLM
 from ..store import load, save, stored_bytes
 from ..surgery import matrix, params
-from ..train import causal_loss, distil, evaluate, fit
+from ..train import causal_loss, check_rows, distil, evaluate, fit
 
 # %% ../../nbs/resnetbk/78_pipeline.ipynb #04d58b24
 class Rows(torch.utils.data.Dataset):
@@ -47,7 +47,7 @@ class Rows(torch.utils.data.Dataset):
 def rows_of(loader, name:str) -> tuple: # Rows, and the batch size or None
     "What a loader reads."
     data, batch_size = (loader.dataset, loader.batch_size) if isinstance(loader, DataLoader) else (loader, None)
-    if isinstance(data, str): raise TypeError(f"{name} is {data!r}, a name: pass its blocks, pack(documents({data!r}), tokenizer) of compresslab.blocks and compresslab.data")
+    check_rows(data, name)
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")): raise TypeError(f"{name} is a {type(data).__name__}, which cannot be read twice: pass a DataLoader over a map-style data set, or the data set")
     if len(data) == 0: raise ValueError(f"{name} is empty")
     if not isinstance(data[0], dict) or "input_ids" not in data[0]: raise TypeError(f"the rows of {name} are no dicts with input_ids")
